@@ -1,0 +1,1729 @@
+"""D-AR in one file: diffusion as next-token prediction (Gao & Shou, "D-AR: Diffusion via Autoregressive Models",
+arXiv 2505.23660), from the time schedule to the training loop's plumbing, in the order in which one would teach it.
+
+    chapter               what                                         where the paper has it
+    1  Schedule and flow  shift_time, unshift_time                     eq. 8, eq. 5 (t')
+                          condition_group                              eq. 5 (c(t) = g_ceil(t'K))
+                          interpolate, jump_estimate                   eq. 3-4, section 5.1 "Consistent previews"
+                          sampling_schedule, solver_step               eq. 8, Table 2 (Euler, Adams 2nd)
+    2  Quantizer          VectorQuantizer                              eq. 1, appendix I "Vector quantization"
+    3  Attention          rope_1d, rope_2d, Attention, GatedBlock      section 4, appendix I "Transformer architecture"
+    4  Diffusion decoder  DiffusionBlock, DiffusionDecoder             eq. 2, Fig. 4, section 4
+    5  Tokenizer          SequentialDiffusionTokenizer, presets        Fig. 4, eq. 1, 2 and 7, Tables 1, 6, 7
+    6  Llama              ARTransformer, presets                       section 3.2 (eq. 6), section 4 "AR models"
+    7  Generation         ARTransformer.generate, guidance_schedule    section 5, Table 4
+    8  Streaming          denoise, stream                              Fig. 1, section 3.3, Fig. 5, Table 5
+    9  Checkpoints        load_tokenizer, load_ar, save_checkpoint     (the authors' released files, and ours)
+    10 Plumbing           what both trainings and the scripts share    section 5 "Experimental Setup"
+
+Names are the paper's: x0 is noise, x1 the image, t = 0 noise and t = 1 data; N tokens in K groups. In shape comments
+B is the batch, C a width, P the number of patches, V the codebook size.
+"""
+
+import copy
+import csv
+import dataclasses
+import functools
+import io
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import typing
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
+
+HEAD_DIM = 64  # every attention of both models has heads of 64
+EPS = 1e-6  # of every LayerNorm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Schedule and flow
+#
+# Flow matching (eq. 3, 4) moves along straight lines from noise x0 to an image x1; a network learns the velocity.
+# D-AR's own idea is *which tokens the network sees when*: time is cut into K pieces, and piece k belongs to the k-th
+# group of tokens alone (eq. 5). The pieces are equal in s and unequal in t: t = shift_time(s) spends more of the
+# pieces, and so more tokens, on early times, where pictures are noisy and their layout is decided.
+
+
+def shift_time(s: Tensor | float, beta: float) -> Tensor | float:
+    """Eq. 8: uniform s in [0, 1] -> flow time t = s / (s + beta (1 - s)) in [0, 1]; beta > 1 makes early t denser."""
+    return s / (s + beta * (1 - s))
+
+
+def unshift_time(t: Tensor | float, beta: float) -> Tensor | float:
+    """Eq. 5: flow time t in [0, 1] -> t' = t / (t + (1 - t) / beta), which is the s that shift_time maps to t."""
+    return t / (t + (1 - t) / beta)
+
+
+def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> Tensor | int:
+    """Eq. 5: which group of tokens, 0 ... K-1, conditions the flow at uniform time s in [0, 1].
+
+    "ceil" gives each group one K-th of s: the paper's one-based ceil(s K), taken at an edge s = i/K as the interval
+    that a sampling step from there is about to cross (the paper's formula names the one just left, and none at 0).
+    "nearest" is min(floor(s K + 1/2), K-1), which the released weights were trained with: the first group owns half a
+    K-th and the last one and a half. At s = i/K both give i. Pass s itself, never a t turned back into s: rounding
+    would move exact edges.
+
+    s: float tensor of any shape -> int64 tensor of that shape, or a Python number -> int. Raises ValueError on an
+    unknown rule.
+    """
+    if rule == "ceil":
+        return _interval(s, num_groups, num_groups - 1)
+    if rule == "nearest":  # the edges (i - 1/2)/K are every second edge of a grid twice as fine
+        return (_interval(s, 2 * num_groups, 2 * num_groups - 2) + 1) // 2
+    raise ValueError(f"group rule {rule!r}: expected 'ceil' (paper, eq. 5) or 'nearest' (released weights)")
+
+
+def _interval(s: Tensor | float, n: int, last: int) -> Tensor | int:
+    """The largest i <= last with i/n <= s, where i/n is rounded as s is: (1/49)·49 < 1 must not lose the edge 1/49."""
+    if isinstance(s, Tensor):
+        i = (s * n).floor()
+        i = i + ((i + 1) / n <= s).to(i.dtype) - (i / n > s).to(i.dtype)
+        return i.long().clamp(0, last)
+    i = math.floor(s * n)
+    i = i + ((i + 1) / n <= s) - (i / n > s)
+    return min(max(i, 0), last)
+
+
+def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+    """Eq. 3: x_t = t x1 + (1 - t) x0, for noise x0 and data x1 [B, ...] and times t [B]."""
+    t = t.view(-1, *[1] * (x1.ndim - 1))
+    return t * x1 + (1 - t) * x0
+
+
+def jump_estimate(x_t: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
+    """Section 5.1: from x_t straight to the data, x1 = x_t + (1 - t) v_t; a preview is this. t: [B] or number."""
+    if isinstance(t, Tensor):
+        t = t.view(-1, *[1] * (x_t.ndim - 1))
+    return x_t + (1 - t) * velocity
+
+
+def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -> list[tuple[float, float, int]]:
+    """Eq. 8: the S sampling steps as (t_i, t_{i+1}, group): s_i = i/S, t_i = shift_time(s_i), the group from s_i.
+
+    With S = K, the paper's default, each group is used exactly once. With S < K some groups are passed over, with
+    S > K some serve several steps. Raises ValueError if num_steps < 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"{num_steps} sampling steps: expected at least 1")
+    t = [shift_time(i / num_steps, beta) for i in range(num_steps + 1)]
+    return [(t[i], t[i + 1], condition_group(i / num_steps, num_groups, rule)) for i in range(num_steps)]
+
+
+def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: str) -> Tensor:
+    """One ODE step of length h from x with velocity v there; v_prev is the step before's velocity (None at the first).
+
+    "euler": x + h v. "ab2", two-step Adams-Bashforth (Table 2, "Adams 2nd"): x + h (3/2 v - 1/2 v_prev), first step
+    Euler. These weights are exact for equal steps; the paper keeps them although the shifted steps are not, and so
+    do we, since its 1.52 rFID was measured so. Raises ValueError on an unknown solver.
+    """
+    if solver not in ("euler", "ab2"):
+        raise ValueError(f"solver {solver!r}: expected 'euler' or 'ab2'")
+    if solver == "ab2" and v_prev is not None:
+        v = 1.5 * v - 0.5 * v_prev
+    return x + h * v
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Quantizer
+#
+# A token is the index of the codebook row nearest to a feature vector. Both live on the unit sphere (appendix I), where
+# the nearest row is simply the one with the largest inner product.
+
+
+class VectorQuantizer(nn.Module):
+    """l2-normalised vector quantizer (eq. 1; appendix I, after LlamaGen): V codes of dimension D, all in float32."""
+
+    def __init__(self, codebook_size: int, code_dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, code_dim)  # N(0, 1) rows: uniform directions once normalised
+
+    def codebook(self) -> Tensor:
+        """The rows that are compared and passed on: float32 [V, D] of length one."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """int64 [...] in 0 ... V-1 -> their unit vectors, float32 [..., D]."""
+        return F.normalize(F.embedding(codes, self.embedding.weight).float(), dim=-1)
+
+    @torch.no_grad()
+    def nearest(self, f: Tensor) -> Tensor:
+        """float [..., D], of any length -> int64 [...] indices of the nearest codes.
+
+        Products are taken in chunks of rows so that no buffer passes 256 MB: in one piece, 64 images of 256 tokens
+        against 16384 codes would need a gigabyte.
+        """
+        with torch.autocast(f.device.type, enabled=False):
+            flat, codebook = f.float().reshape(-1, f.shape[-1]), self.codebook()
+            rows = max(1, 2**26 // len(codebook))
+            codes = [(chunk @ codebook.T).argmax(-1) for chunk in flat.split(rows)]
+        return torch.cat(codes).view(f.shape[:-1])
+
+    @torch.no_grad()
+    def start_from(self, f: Tensor) -> None:
+        """Sets the codes to features drawn at random from f [..., D] (again and again if there are fewer than V)."""
+        flat = F.normalize(f.float().reshape(-1, f.shape[-1]), dim=-1)
+        order = torch.randperm(len(flat)).repeat(-(-len(self.embedding.weight) // len(flat)))
+        self.embedding.weight.copy_(flat[order[: len(self.embedding.weight)].to(flat.device)])
+
+    def forward(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features [B, N, D] -> (z [B, N, D], codes int64 [B, N], vq loss, commitment loss).
+
+        z has the value of the nearest codes and, straight through, the gradient of the normalised features. The
+        losses (appendix I, without their weights) pull the codes to the features, ||sg[f] - z||^2, and the features
+        to their codes, ||f - sg[z]||^2: the mean over D, then over the tokens where keep (bool [B, N]) is true.
+        """
+        f = F.normalize(f.float(), dim=-1)
+        codes = self.nearest(f)
+        z = self.lookup(codes)
+        weight = torch.ones_like(f[..., 0]) if keep is None else keep.to(f.dtype)
+        vq, commit = (
+            ((a - b) ** 2).mean(-1).mul(weight).sum() / weight.sum() for a, b in ((f.detach(), z), (f, z.detach()))
+        )
+        return f + (z - f).detach(), codes, vq, commit
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Attention and blocks
+#
+# One attention for the whole tokenizer: LayerNorm on queries and keys of each head, then a rotary embedding (RoPE)
+# where tokens have a place in the image, then scaled dot products (appendix I).
+
+
+def _rotation(angles: Tensor) -> Tensor:
+    return torch.stack((angles.cos(), angles.sin()), -1)
+
+
+@functools.lru_cache(maxsize=32)  # built once for each size, not once a call
+@torch.inference_mode(False)  # a table first asked for under inference_mode must still be usable in a training step
+def rope_1d(length: int, device: torch.device) -> Tensor:
+    """Rotations of places n < length, float32 [length, 32, 2] of (cos, sin): pair i turns by n·10000^(-2i/64)."""
+    frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, device=device) / HEAD_DIM)
+    return _rotation(torch.arange(length, device=device)[:, None] * frequency)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) -> Tensor:
+    """Rotations of a height x width patch grid in row-major order, float32 [height·width + num_unplaced, 32, 2].
+
+    The first half of a head turns by the row, the second by the column, each with frequencies 10000^(-2i/32). The
+    num_unplaced tokens that follow have no place in the image and are not turned (appendix I: identity).
+    """
+    frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM // 2, 2, device=device) / (HEAD_DIM // 2))
+    row = torch.arange(height, device=device).repeat_interleave(width)
+    column = torch.arange(width, device=device).repeat(height)
+    angles = torch.cat((row[:, None] * frequency, column[:, None] * frequency), -1)  # [P, 32]
+    return _rotation(F.pad(angles, (0, 0, 0, num_unplaced)))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns adjacent pairs of x [..., n, 64] by rope [n, 32, 2]: (a cos - b sin, a sin + b cos), in float32."""
+    cos, sin = rope.unbind(-1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of the tokens that one attention layer has seen: buffers allocated once, filled from the left."""
+
+    def __init__(self, batch: int, heads: int, length: int, device: torch.device, dtype: torch.dtype):
+        self.k, self.v = torch.empty(2, batch, heads, length, HEAD_DIM, device=device, dtype=dtype)
+        self.filled = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k, v [B, heads, n, 64] and returns all keys and values so far, [B, heads, filled, 64]."""
+        start, self.filled = self.filled, self.filled + k.shape[2]
+        self.k[:, :, start : self.filled], self.v[:, :, start : self.filled] = k, v
+        return self.k[:, :, : self.filled], self.v[:, :, : self.filled]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in which the n queries stand at the last n of the m >= n keys' places and see none behind their own."""
+    n, m = q.shape[-2], k.shape[-2]
+    if n == 1 or n == m:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=n > 1)
+    mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with QK normalisation, to itself or to a context."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
+        self.q_norm, self.k_norm = (nn.LayerNorm(HEAD_DIM, eps=EPS) for _ in range(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        rope: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x [B, n, C] attends to itself, or to context [B, m, C]; -> [B, n, C].
+
+        rope [n, 32, 2] turns the queries, and the keys too unless they come from a context. mask (bool [n, n], true
+        = may attend) and causal exclude each other; a cache implies causal, and x then follows what it holds.
+        """
+        source = x if context is None else context
+        q = self.q_norm(self.q(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2))  # [B, heads, n, 64]
+        k = self.k_norm(self.k(source).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2))
+        v = self.v(source).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+        if rope is not None:
+            q, k = rotate(q, rope), (rotate(k, rope) if context is None else k)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may have left the norms in float32
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        out = causal_attention(q, k, v) if causal or cache else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear - SiLU - Linear with a hidden width of 4 C."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(x)))
+
+
+class GatedBlock(nn.Module):
+    """Pre-norm transformer block of the encoder and the causal decoder; learned gates, zero at first, scale its two
+    branches, so that a fresh network is the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.attention, self.mlp = Attention(width), MLP(width)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=EPS) for _ in range(2))
+        self.gate1, self.gate2 = (nn.Parameter(torch.zeros(width)) for _ in range(2))  # zero-initialised
+
+    def forward(self, x: Tensor, rope=None, mask=None, causal=False, cache=None) -> Tensor:
+        x = x + self.gate1 * self.attention(self.norm1(x), rope=rope, mask=mask, causal=causal, cache=cache)
+        return x + self.gate2 * self.mlp(self.norm2(x))
+
+
+def normalize(x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension without parameters ("LN0" where the architecture is written down)."""
+    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+
+
+def init_linears(module: nn.Module) -> None:
+    """Truncated normal weights of standard deviation 0.02 and zero biases in every Linear (and patch convolution)."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, recompute: bool, *args, caches: list[KVCache] | None = None, **kwargs
+) -> Tensor:
+    """x through the blocks, each with its own KV cache if there are caches.
+
+    With recompute, activations are computed again in the backward pass instead of kept: less memory, more time.
+    """
+    for i, block in enumerate(blocks):
+        if caches is not None:
+            kwargs["cache"] = caches[i]
+        if recompute and torch.is_grad_enabled():
+            x = recompute_in_backward(block, x, *args, use_reentrant=False, **kwargs)
+        else:
+            x = block(x, *args, **kwargs)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Diffusion decoder
+#
+# A diffusion transformer on raw pixel patches (Fig. 4, right). It differs from DiT in one place: the modulation of
+# AdaLN-zero is not one vector for the picture but one for each patch, because what conditions a patch is what that
+# patch reads from the step's group of tokens by cross-attention.
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """Sinusoids of 1000 t for flow times t [B] in [0, 1]: float32 [B, width], cosines first."""
+    frequency = 10000.0 ** (-torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = 1000 * t.float()[:, None] * frequency
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids, then Linear - SiLU - Linear: t [B] -> [B, C]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        weight = self.mlp[0].weight
+        return self.mlp(time_embedding(t, weight.shape[1]).to(weight.dtype))
+
+
+class DiffusionBlock(nn.Module):
+    """DiT block with AdaLN-zero from cross-attention (section 4, "Sequential diffusion tokenizer architecture")."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.attention, self.cross_attn, self.mlp = Attention(width), Attention(width), MLP(width)
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
+        """Patches x [B, P, C], times t [B] or [1], condition tokens [B, n, C], rope [P, 32, 2] -> [B, P, C]."""
+        context = normalize(self.cond_embed(condition))
+        read = self.cross_attn(normalize(x), context=context, rope=rope)  # [B, P, C]: not added to x, it only modulates
+        modulation = self.adaLN_modulation(read + self.time_embed(t)[:, None])
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
+        x = x + gate_a * self.attention(normalize(x) * (1 + scale_a) + shift_a, rope=rope)
+        return x + gate_m * self.mlp(normalize(x) * (1 + scale_m) + shift_m)
+
+
+class DiffusionDecoder(nn.Module):
+    """D_FM of eq. 2: the velocity at (x_t, t) given a group of z'.
+
+    With repa_layer, the hidden state that enters that block also goes through the REPA head (eq. 7), whose output the
+    training compares to DINOv2's patch features.
+    """
+
+    REPA_GRID, REPA_WIDTH, REPA_HIDDEN = 16, 768, 2048  # DINOv2 ViT-B/14 sees 224 pixels: 16x16 features of width 768
+
+    def __init__(self, width: int, cond_width: int, depth: int, patch_size: int, repa_layer: int | None):
+        super().__init__()
+        self.patch_size, self.repa_layer, self.recompute = patch_size, repa_layer, False
+        self.cond_mlp = nn.Linear(cond_width, width)
+        self.patch_in = nn.Linear(3 * patch_size**2, width)
+        self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(depth))
+        self.patch_out = nn.Linear(width, 3 * patch_size**2)
+        if repa_layer is not None:
+            hidden = self.REPA_HIDDEN
+            self.repa_head = nn.Sequential(
+                nn.Linear(width, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, self.REPA_WIDTH),
+            )
+        init_linears(self)
+        nn.init.zeros_(self.patch_out.weight)  # zero-initialised: the first velocity is 0
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)  # zero-initialised: blocks begin as the identity
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor, repa: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x_t [B, 3, H, W], t [B] or [1] (one time for all), condition z' [B, n, cond_width].
+
+        -> velocity, float32 [B, 3, H, W]; and with repa the REPA head's features [B, g·g, 768], g at most 16.
+        """
+        size, dtype = self.patch_size, self.patch_in.weight.dtype
+        height, width = x_t.shape[2] // size, x_t.shape[3] // size
+        rope = rope_2d(height, width, 0, x_t.device)
+        condition = normalize(self.cond_mlp(condition))
+        patches = F.pixel_unshuffle(x_t, size).flatten(2).transpose(1, 2)  # [B, P, 3·size²] in the order (c, row, col)
+        x = self.patch_in(patches.to(dtype))
+        split = self.repa_layer if repa else 0
+        x = run_blocks(self.blocks[:split], x, self.recompute, t, condition, rope)
+        features = self.repa_features(x, height, width) if repa else None
+        x = run_blocks(self.blocks[split:], x, self.recompute, t, condition, rope)
+        out = self.patch_out(normalize(x)).float()
+        return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (height, width)), size), features
+
+    def repa_features(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Hidden state [B, height·width, C] -> [B, g·g, 768]: averaged to 16x16 where larger, kept where smaller."""
+        if height > self.REPA_GRID or width > self.REPA_GRID:
+            grid = x.transpose(1, 2).unflatten(2, (height, width))
+            pooled = F.adaptive_avg_pool2d(grid, (min(height, self.REPA_GRID), min(width, self.REPA_GRID)))
+            x = pooled.flatten(2).transpose(1, 2)
+        return self.repa_head(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Tokenizer
+#
+# Image -> encoder -> quantizer -> 256 codes -> causal decoder -> z' -> diffusion decoder -> image (Fig. 4). The codes
+# are what the Llama of chapter 6 learns to predict; everything to their right runs left to right, group by group.
+
+
+def _check_fields(config, may_be_zero: tuple[str, ...]) -> None:
+    """Raises ValueError naming a field that is no positive number of its type or, for widths, not whole heads."""
+    for field in dataclasses.fields(config):
+        value, number = getattr(config, field.name), (int, float) if field.type is float else int
+        if field.type is str or (value is None and field.type == int | None):
+            continue
+        wanted = "a number" if field.type is float else "an integer"
+        if isinstance(value, bool) or not isinstance(value, number) or not 0 <= value < 2**31:
+            raise ValueError(f"{field.name} = {value!r}: expected {wanted}, 0 ... 2**31")
+        if value == 0 and field.name not in may_be_zero:
+            raise ValueError(f"{field.name} = 0: expected {wanted} above 0")
+        if field.name.endswith("width") and value % HEAD_DIM:
+            raise ValueError(f"{field.name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """All that shapes a tokenizer. The defaults are "v1", the paper's 256x256 tokenizer.
+
+    Raises ValueError, naming the value, on a combination that cannot be built.
+    """
+
+    image_size: int = 256  # pixels a side that decode() draws when it is given no noise
+    encoder_patch: int = 16  # pixels a side (p in section 4)
+    encoder_width: int = 768
+    encoder_layers: int = 8
+    decoder_width: int = 768  # causal decoder, and so of z'
+    decoder_layers: int = 8
+    num_tokens: int = 256  # N
+    num_groups: int = 8  # K
+    codebook_size: int = 16384
+    code_dim: int = 8
+    diffusion_patch: int = 8  # p_d
+    diffusion_width: int = 768
+    diffusion_layers: int = 12
+    num_steps: int = 0  # sampling steps S; 0 means S = K, as in eq. 8
+    time_shift: float = 2.0  # beta of eq. 5 and 8
+    data_scale: float = (
+        0.6  # x1 = data_scale · image. The paper's eq. 4 says 1; its released weights were trained with 0.6
+    )
+    group_rule: str = "ceil"  # eq. 5; "nearest" is what the released weights were trained with (condition_group)
+    repa_layer: int | None = 8  # REPA reads the state entering this diffusion block; None: no REPA head
+    commit_weight: float = 0.25  # beta of appendix I
+    max_tokens: int = 1024  # rows of the query and position tables, of which the first N are used
+
+    def __post_init__(self):
+        _check_fields(
+            self, may_be_zero=("num_steps", "repa_layer", "commit_weight", "encoder_layers", "decoder_layers")
+        )
+        for name in ("encoder_patch", "diffusion_patch"):
+            if self.image_size % getattr(self, name):
+                raise ValueError(
+                    f"image size {self.image_size} is no multiple of {name} = {getattr(self, name)}; choose one"
+                )
+        if self.num_tokens % self.num_groups:
+            raise ValueError(f"N = {self.num_tokens} tokens do not divide into K = {self.num_groups} equal groups")
+        if self.num_tokens > self.max_tokens:
+            raise ValueError(f"N = {self.num_tokens} tokens, but the tables have max_tokens = {self.max_tokens} rows")
+        if self.repa_layer is not None and self.repa_layer >= self.diffusion_layers:
+            raise ValueError(f"repa_layer = {self.repa_layer} must be below diffusion_layers = {self.diffusion_layers}")
+        condition_group(0.0, self.num_groups, self.group_rule)  # raises on an unknown rule
+
+    @property
+    def group_size(self) -> int:
+        """Tokens in a group, N / K."""
+        return self.num_tokens // self.num_groups
+
+
+TOKENIZER_PRESETS = {
+    "v1": TokenizerConfig(),  # 307M parameters; 1.52 rFID in Table 2
+    "lite": TokenizerConfig(  # 113M, of the ablations in appendix III
+        encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_layers=8, repa_layer=5
+    ),
+    "tiny": TokenizerConfig(  # 32x32 pixels, 4M, trains on two CPU cores
+        image_size=32,
+        encoder_patch=4,
+        encoder_width=128,
+        encoder_layers=4,
+        decoder_width=128,
+        decoder_layers=4,
+        num_tokens=64,
+        codebook_size=1024,
+        diffusion_patch=4,
+        diffusion_width=128,
+        diffusion_layers=6,
+        repa_layer=None,
+    ),
+}
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def encoder_mask(num_patches: int, num_queries: int, device: torch.device) -> Tensor:
+    """bool [P+N, P+N], true where row may attend to column: all to patches, queries also up to themselves."""
+    mask = torch.zeros(num_patches + num_queries, num_patches + num_queries, dtype=torch.bool, device=device)
+    mask[:, :num_patches] = True
+    mask[num_patches:, num_patches:] = torch.ones(num_queries, num_queries, dtype=torch.bool, device=device).tril()
+    return mask
+
+
+class SequentialDiffusionTokenizer(nn.Module):
+    """Fig. 4: images to N codes in the order of diffusion time, and back. Called, it returns the training losses."""
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config, self.recompute = config, False
+        c = config
+        self.patchify = nn.Conv2d(3, c.encoder_width, c.encoder_patch, stride=c.encoder_patch)
+        self.query_embedding = nn.Embedding(c.max_tokens, c.code_dim)  # low rank: widened by query_linear
+        self.query_linear = nn.Linear(c.code_dim, c.encoder_width)
+        self.encoder_layers = nn.ModuleList(GatedBlock(c.encoder_width) for _ in range(c.encoder_layers))
+        self.quant_in = nn.Linear(c.encoder_width, c.code_dim, bias=False)
+        self.quantize = VectorQuantizer(c.codebook_size, c.code_dim)
+        self.quant_out = nn.Linear(c.code_dim, c.decoder_width, bias=False)
+        self.decoder_embedding = nn.Embedding(c.max_tokens, c.decoder_width)  # learned positions
+        self.decoder_layers = nn.ModuleList(GatedBlock(c.decoder_width) for _ in range(c.decoder_layers))
+        init_linears(self)
+        # Unit vectors z enter the causal decoder at the scale of a LayerNorm's output, well above the positions: with
+        # 0.02 here and N(0, 1) positions, z' would hardly depend on the codes for the first hundreds of steps.
+        nn.init.normal_(self.quant_out.weight)
+        nn.init.normal_(self.decoder_embedding.weight, std=0.02)
+        self.diffusion = DiffusionDecoder(
+            c.diffusion_width, c.decoder_width, c.diffusion_layers, c.diffusion_patch, c.repa_layer
+        )
+
+    # The parts, from left to right in Fig. 4
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encoder, eq. 1 before quant(): float [B, 3, H, W] in [-1, 1] -> [B, N, D], which the quantizer normalises."""
+        c = self.config
+        self._check_size(images, "images", c.encoder_patch)
+        patches = self.patchify(images.to(self.patchify.weight.dtype))  # [B, C, H/p, W/p]
+        height, width = patches.shape[2:]
+        patches = normalize(patches.flatten(2).transpose(1, 2))  # [B, P, C], row-major
+        queries = self.query_linear(self.query_embedding.weight[: c.num_tokens]).to(patches.dtype)
+        x = torch.cat((patches, queries.expand(len(images), -1, -1)), 1)  # [B, P+N, C]
+        rope = rope_2d(height, width, c.num_tokens, x.device)
+        mask = encoder_mask(height * width, c.num_tokens, x.device)
+        x = run_blocks(self.encoder_layers, x, self.recompute, rope=rope, mask=mask)
+        return self.quant_in(normalize(x[:, -c.num_tokens :]))
+
+    def causal_decoder(self, z: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Code vectors z [B, n, D] -> z' [B, n, decoder_width]; with caches, z follows the tokens that they hold."""
+        start = caches[0].filled if caches else 0
+        position = self.decoder_embedding.weight[start : start + z.shape[1]]
+        x = self.quant_out(z.to(self.quant_out.weight.dtype)) + position
+        return normalize(run_blocks(self.decoder_layers, x, self.recompute, caches=caches, causal=True))
+
+    def forward(
+        self, images: Tensor, s: Tensor | None = None, noise: Tensor | None = None, quantized: bool = True
+    ) -> dict[str, Tensor]:
+        """The training step of section 4: encode, quantize, draw a time, denoise with that time's group of z'.
+
+        images: float [B, 3, H, W] in [-1, 1]. s: uniform times in [0, 1], [B], or [B, R] for R times for each image
+        that is encoded once; drawn if None. noise: x0, [B, 3, H, W] or [B, R, 3, H, W]; drawn if None.
+        quantized: False passes the normalised features on as they are, for a codebook warm-up (train_tokenizer.py).
+        Returns the scalars "fm" (eq. 2, over data_scale²), "vq" and "commit" (appendix I, 0.25 included) and "kept",
+        the number of tokens these two are means over; "codes" [B, N]; "pred_image" (jump estimates [B·R, 3, H, W], not
+        clamped, for LPIPS); and "repa" ([B·R, g·g, 768]) if there is a head. Summing them, eq. 7, is the script's.
+        """
+        c, batch = self.config, len(images)
+        s = torch.rand(batch, device=images.device) if s is None else s
+        s = s.view(batch, -1)  # [B, R]
+        draws = s.shape[1]
+        x1 = (c.data_scale * images.float()).repeat_interleave(draws, 0)  # [B·R, 3, H, W]
+        x0 = torch.randn_like(x1) if noise is None else noise.view(x1.shape)
+        group = condition_group(s, c.num_groups, c.group_rule)  # [B, R]
+
+        # Tokens behind the last group that is used cannot have mattered: the quantizer's losses leave them out.
+        used = (group.amax(1, keepdim=True) + 1) * c.group_size
+        keep = torch.arange(c.num_tokens, device=images.device) < used  # [B, N]
+        f = self.features(images)
+        z, codes, vq, commit = self.quantize(f, keep)
+        if not quantized:
+            z, vq, commit = F.normalize(f.float(), dim=-1), 0 * vq, 0 * commit
+
+        groups = self.causal_decoder(z).unflatten(1, (c.num_groups, c.group_size))  # [B, K, N/K, C]
+        condition = groups[torch.arange(batch, device=s.device)[:, None], group].flatten(0, 1)  # [B·R, N/K, C]
+        t = shift_time(s, c.time_shift).flatten()
+        x_t = interpolate(x0, x1, t)
+        velocity, features = self.diffusion(x_t, t, condition, repa=c.repa_layer is not None)
+        out = {
+            "fm": F.mse_loss(velocity, x1 - x0) / c.data_scale**2,
+            "vq": vq,
+            "commit": c.commit_weight * commit,
+            "kept": keep.sum(),
+            "codes": codes,
+            "pred_image": jump_estimate(x_t, velocity, t) / c.data_scale,
+        }
+        return out if features is None else out | {"repa": features}
+
+    # What users call
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """float [B, 3, H, W] in [-1, 1] -> codes, int64 [B, N]. Raises ValueError if patches do not divide H and W."""
+        return self.quantize.nearest(self.features(images))
+
+    def condition(self, codes: Tensor) -> Tensor:
+        """The causal decoder in one pass: int64 [B, n], any n <= N -> z' [B, n, decoder_width]."""
+        self._check_codes(codes)
+        return self.causal_decoder(self.quantize.lookup(codes))
+
+    @torch.no_grad()
+    def denoise(
+        self, code_groups: Iterable[Tensor], noise: Tensor, num_steps: int | None = None, solver: str = "ab2"
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """The sampler behind decode, previews and stream: takes each denoising step as soon as its group is there.
+
+        code_groups yields K (or fewer) groups of codes, int64 [B, N/K]; noise is x0 [B, 3, H, W]. After each group it
+        yields (x_t, previews): x_t where the flow then stands, and the jump estimates of the steps that were taken with
+        that group (one, if S = K; none or several otherwise); all divided by data_scale, float32 [B, 3, H, W]. The last
+        x_t is the decoded image. z' comes from a KV cache, so that a group costs the same wherever it stands.
+        """
+        c, dtype = self.config, self.quant_out.weight.dtype
+        self._check_size(noise, "noise", c.diffusion_patch)
+        schedule = sampling_schedule(num_steps or c.num_steps or c.num_groups, c.num_groups, c.time_shift, c.group_rule)
+        heads = c.decoder_width // HEAD_DIM
+        caches = [KVCache(len(noise), heads, c.num_tokens, noise.device, dtype) for _ in self.decoder_layers]
+        x, v_prev = noise.float(), None
+        for k, codes in enumerate(code_groups):
+            condition = self.causal_decoder(self.quantize.lookup(codes), caches)
+            previews = []
+            for t, t_next, group in schedule:
+                if group == k:
+                    v, _ = self.diffusion(x, torch.tensor([t], device=x.device), condition)
+                    previews.append(jump_estimate(x, v, t) / c.data_scale)
+                    x, v_prev = solver_step(x, v, v_prev, t_next - t, solver), v
+            yield x / c.data_scale, previews
+
+    @torch.no_grad()
+    def decode(
+        self, codes: Tensor, noise: Tensor | None = None, num_steps: int | None = None, solver: str = "ab2"
+    ) -> Tensor:
+        """Codes int64 [B, n] -> images, float32 [B, 3, H, W], about [-1, 1] and not clamped.
+
+        noise is x0 [B, 3, H, W] and sets the size; drawn at config.image_size if None. num_steps S: config's if None.
+        Fewer than N codes, whole groups, give the partial decoding of section 5.1: the last preview that they allow.
+        Raises ValueError if n is no multiple of N/K or a code or size does not fit.
+        """
+        preview = None  # never stays None: step 0 uses group 0
+        for x, previews in self._denoise_codes(codes, noise, num_steps, solver):  # noqa: B007
+            preview = previews[-1] if previews else preview
+        return x if codes.shape[1] == self.config.num_tokens else preview
+
+    @torch.no_grad()
+    def previews(
+        self, codes: Tensor, noise: Tensor | None = None, solver: str = "ab2", num_steps: int | None = None
+    ) -> Tensor:
+        """What decode() shows on its way (Fig. 5): a jump estimate for each step, in order, [steps, B, 3, H, W]."""
+        rounds = self._denoise_codes(codes, noise, num_steps, solver)
+        return torch.stack([preview for _, previews in rounds for preview in previews])
+
+    def _denoise_codes(self, codes: Tensor, noise: Tensor | None, num_steps: int | None, solver: str) -> Iterator:
+        c = self.config
+        self._check_codes(codes)
+        if codes.shape[1] == 0 or codes.shape[1] % c.group_size:
+            raise ValueError(f"{codes.shape[1]} codes: decoding takes whole groups of {c.group_size}")
+        if noise is None:
+            noise = torch.randn(len(codes), 3, c.image_size, c.image_size, device=codes.device)
+        return self.denoise(codes.split(c.group_size, 1), noise, num_steps, solver)
+
+    def _check_size(self, images: Tensor, what: str, patch: int) -> None:
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"{what} of shape {list(images.shape)}: expected [B, 3, H, W]")
+        if images.shape[2] % patch or images.shape[3] % patch or 0 in images.shape[2:]:
+            raise ValueError(
+                f"{what} of {images.shape[3]}x{images.shape[2]} pixels: expected multiples of the patch size {patch}"
+            )
+
+    def _check_codes(self, codes: Tensor) -> None:
+        c = self.config
+        if codes.ndim != 2 or codes.shape[1] > c.num_tokens or codes.dtype != torch.int64:
+            raise ValueError(
+                f"codes: {codes.dtype} {list(codes.shape)}, expected torch.int64 [B, n] with n <= {c.num_tokens}"
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < c.codebook_size:
+            raise ValueError(
+                f"codes from {int(codes.min())} to {int(codes.max())}: expected 0 ... {c.codebook_size - 1}"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Llama
+#
+# An unmodified decoder-only transformer (section 3.2): RMSNorm, SwiGLU, 1D RoPE, the class as a prefix token. Nothing
+# in it knows about images; that is the point of D-AR.
+
+
+@dataclass(frozen=True)
+class ARConfig:
+    """All that shapes a Llama; heads are 64 wide. Raises ValueError, naming the value, on what cannot be built."""
+
+    width: int = 768
+    layers: int = 12
+    vocab_size: int = 16384  # the tokenizer's codebook_size
+    num_classes: int = 1000  # class num_classes, one more row of the table, means unconditional
+    num_tokens: int = 256  # N, how many tokens a picture has
+    dropout: float = 0.1  # on embeddings, attention outputs and MLP outputs, when training
+
+    def __post_init__(self):
+        _check_fields(self, may_be_zero=("layers", "dropout"))
+
+
+AR_PRESETS = {
+    "B": ARConfig(768, 12),  # 111M
+    "L": ARConfig(1024, 24),  # 343M, D-AR-L
+    "XL": ARConfig(1280, 36),  # 775M, D-AR-XL: 2.09 FID in Table 3
+    "tiny": ARConfig(256, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # for the "tiny" tokenizer
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, eps 1e-5, the quotient in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * self.weight
+
+
+class LlamaAttention(nn.Module):
+    """Causal multi-head attention with one fused projection (rows: queries, keys, values) and RoPE."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.wqkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self.wqkv(x).unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # each [B, heads, n, 64]
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        return self.wo(causal_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x); hidden width 8/3 C, rounded down and then up to a multiple of 256."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = -(-(8 * width // 3) // 256) * 256
+        self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.attention, self.feed_forward = LlamaAttention(width), SwiGLU(width)
+        self.attention_norm, self.ffn_norm = RMSNorm(width), RMSNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class ARTransformer(nn.Module):
+    """p(z_i | class, z_1 ... z_{i-1}), eq. 6. `tokenizer` is set when the model was loaded with one."""
+
+    def __init__(self, config: ARConfig):
+        super().__init__()
+        self.config, self.recompute = config, False
+        self.attach_tokenizer(None)
+        self.class_names: list[str] | None = None
+        self.cls_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row: unconditional
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(LlamaBlock(config.width, config.dropout) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width)
+        self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)  # zero-initialised: the first loss is log V
+
+    def attach_tokenizer(self, tokenizer: SequentialDiffusionTokenizer | None) -> None:
+        """Sets `tokenizer`, which turns this model's codes into pictures. Raises ValueError if the two do not fit."""
+        if tokenizer is not None:
+            mine, its = self.config, tokenizer.config
+            for what, a, b in (
+                ("codes", mine.vocab_size, its.codebook_size),
+                ("tokens", mine.num_tokens, its.num_tokens),
+            ):
+                if a != b:
+                    raise ValueError(
+                        f"the model works with {a} {what}, the tokenizer with {b}: they do not belong together"
+                    )
+        object.__setattr__(self, "tokenizer", tokenizer)  # a companion, not a part: its weights are not this module's
+
+    def embed(self, labels: Tensor | None, codes: Tensor | None) -> Tensor:
+        """Class embedding [B, 1, C] of int64 labels [B], then token embeddings [B, n, C] of int64 codes [B, n]."""
+        parts = [] if labels is None else [self.cls_embedding(labels)[:, None]]
+        parts += [] if codes is None else [self.tok_embeddings(codes)]
+        return torch.cat(parts, 1)
+
+    def run(self, x: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Embeddings [B, n, C] -> hidden states [B, n, C]; with caches, they follow the positions that these hold."""
+        start = caches[0].filled if caches else 0
+        rope = rope_1d(self.config.num_tokens + 1, x.device)[start : start + x.shape[1]]
+        return self.norm(run_blocks(self.layers, self.dropout(x), self.recompute, rope, caches=caches))
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """codes int64 [B, n], n <= N, labels int64 [B] -> logits, float32 [B, n+1, V]; those at i predict token i."""
+        return self.output(self.run(self.embed(labels, codes))).float()
+
+    def generate(
+        self,
+        labels: Tensor,
+        num_tokens: int | None = None,
+        cfg: float | tuple[float, float] | None = (1.1, 8.0),
+        seeds: int | list[int] | None = None,
+        greedy: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Draws pictures' codes, int64 [B, N], for labels int64 [B] (num_classes = unconditional); call eval() first.
+
+        cfg: guidance, a number, a (start, end) pair that it runs between, or None for none (guidance_schedule). seeds:
+        one for each picture, or an int s that means s, s+1, ...; None draws fresh ones. greedy takes the most likely
+        token instead. temperature, top_k (0: off) and top_p (1: off) act on the guided logits in this order. prefix:
+        tokens int64 [n] or [B, n] kept as given (section 5.1, zero-shot control). num_tokens: config's N if None.
+        Raises ValueError for a value out of range.
+        """
+        groups = generate_groups(self, labels, num_tokens, None, cfg, seeds, greedy, temperature, top_k, top_p, prefix)
+        return torch.cat(list(groups), 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Generation
+#
+# Tokens are drawn left to right with a KV cache. All randomness of a picture comes from its own seed, so a picture does
+# not depend on the batch it was drawn in, or on how many processes shared the work.
+
+NOISE_BLOCK = 32  # tokens whose random numbers are drawn at once
+
+
+def guidance_schedule(cfg: float | tuple[float, float] | None, num_tokens: int) -> list[float] | None:
+    """Guidance of each token (Table 4): constant, or linear from start at the first to end at the last token.
+
+    None where there is nothing to guide: cfg None, or 1 throughout. Raises ValueError if cfg is neither form.
+    """
+    start, end = cfg if isinstance(cfg, tuple | list) and len(cfg) == 2 else (1.0 if cfg is None else cfg,) * 2
+    for value in (start, end):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"guidance {cfg!r}: expected a number, a pair of numbers, or None")
+    if start == end == 1:
+        return None
+    return [start + (end - start) * i / max(num_tokens - 1, 1) for i in range(num_tokens)]
+
+
+def resolve_seeds(seeds: int | list[int] | None, count: int) -> list[int]:
+    """One seed each: an int s means s, s+1, ...; None draws fresh ones. Raises ValueError outside 0 ... 2**31 - 1."""
+    if seeds is None:
+        return torch.randint(2**31, (count,)).tolist()
+    seeds = list(range(seeds, seeds + count)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} pictures: expected one each")
+    for seed in seeds:
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"seed {seed}: expected 0 ... {2**31 - 1}")
+    return seeds
+
+
+def picture_generators(seeds: list[int], purpose: int, device: torch.device) -> list[torch.Generator]:
+    """Each picture's generators: purpose 0 for its noise x0, 1 for its tokens, so that neither shifts the other."""
+    return [torch.Generator(device).manual_seed(2 * seed + purpose) for seed in seeds]
+
+
+def initial_noise(seeds: list[int], size: int, device: torch.device) -> Tensor:
+    """x0 of eq. 4, each picture's from its own seed: float32 [B, 3, size, size]."""
+    generators = picture_generators(seeds, 0, device)
+    return torch.stack([torch.randn(3, size, size, device=device, generator=g) for g in generators])
+
+
+def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """logits [B, V] / temperature, then -inf outside the top_k largest, then outside the smallest set of mass top_p."""
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ordered = logits.sort(descending=True).values
+        probability = ordered.softmax(-1)
+        before = (
+            probability.cumsum(-1) - probability
+        )  # mass of the likelier tokens: 0 for the first, which always stays
+        smallest = ordered.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    return logits
+
+
+@torch.no_grad()
+def generate_groups(
+    ar: ARTransformer,
+    labels: Tensor,
+    num_tokens: int | None = None,
+    group_size: int | None = None,
+    cfg: float | tuple[float, float] | None = (1.1, 8.0),
+    seeds: int | list[int] | None = None,
+    greedy: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    prefix: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """ARTransformer.generate, yielding each group_size tokens, int64 [B, group_size], as soon as they are drawn.
+
+    A token is argmax(logits + Gumbel noise), which draws from softmax(logits); the noise of a picture is its own.
+    """
+    c, device, batch = ar.config, labels.device, len(labels)
+    count = c.num_tokens if num_tokens is None else num_tokens
+    prefix = _check_generation(ar, labels, count, temperature, top_k, top_p, prefix)
+    scale = guidance_schedule(cfg, count)
+    given = prefix.shape[1]
+    generators = [] if greedy else picture_generators(resolve_seeds(seeds, batch), 1, device)
+
+    # Both halves of guidance run in one batch: the pictures with their class, and once more without.
+    halves = 1 if scale is None else 2
+    classes = labels if scale is None else torch.cat((labels, torch.full_like(labels, c.num_classes)))
+    heads, dtype = c.width // HEAD_DIM, ar.output.weight.dtype
+    caches = [KVCache(halves * batch, heads, count, device, dtype) for _ in range(c.layers)]
+    codes = torch.empty(batch, count, dtype=torch.int64, device=device)
+    codes[:, :given] = prefix
+
+    for i in range(count):
+        if i % NOISE_BLOCK == 0 and not greedy:  # drawn under a prefix too: the noise of token i is always the same
+            noise = [
+                torch.empty(NOISE_BLOCK, c.vocab_size, device=device).exponential_(generator=g) for g in generators
+            ]
+            gumbel = -torch.stack(noise, 1).log()  # [32, B, V]
+        if i >= given:
+            if i == given:  # the class and the prefix in one pass
+                x = ar.embed(classes, prefix.repeat(halves, 1))
+            else:
+                x = ar.embed(None, codes[:, i - 1 : i].repeat(halves, 1))
+            logits = ar.output(ar.run(x, caches)[:, -1]).float()
+            if scale is not None:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + scale[i] * (conditional - unconditional)
+            if not greedy:
+                logits = filter_logits(logits, temperature, top_k, top_p) + gumbel[i % NOISE_BLOCK]
+            codes[:, i] = logits.argmax(-1)
+        if (i + 1) % (group_size or count) == 0 or i + 1 == count:
+            yield codes[:, i - i % (group_size or count) : i + 1]
+
+
+def _check_generation(ar, labels, count, temperature, top_k, top_p, prefix) -> Tensor:
+    """Raises ValueError for a setting out of range; returns the prefix as int64 [B, n], n = 0 without one."""
+    c = ar.config
+    if not 1 <= count <= c.num_tokens:
+        raise ValueError(f"num_tokens = {count}: the model draws 1 ... {c.num_tokens}")
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels: {labels.dtype} {list(labels.shape)}, expected torch.int64 [B]")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= c.num_classes:
+        raise ValueError(
+            f"class out of range in {labels.tolist()}: expected 0 ... {c.num_classes} (the last: no class)"
+        )
+    if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected > 0, >= 0, and in (0, 1]")
+    if prefix is None:
+        return labels.new_empty(len(labels), 0)
+    prefix = prefix.to(labels.device).expand(len(labels), -1)
+    if prefix.dtype != torch.int64 or prefix.shape[1] > count:
+        raise ValueError(
+            f"prefix: {prefix.dtype} [B, {prefix.shape[1]}], expected torch.int64 of at most {count} tokens"
+        )
+    if prefix.numel() and not 0 <= int(prefix.min()) <= int(prefix.max()) < c.vocab_size:
+        raise ValueError(
+            f"prefix tokens from {int(prefix.min())} to {int(prefix.max())}: expected 0 ... {c.vocab_size - 1}"
+        )
+    return prefix
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Streaming
+#
+# Fig. 1 in one function: while the Llama writes, each finished group of tokens takes the picture one denoising step on,
+# and the velocity of that step gives a preview for nothing.
+
+
+class StreamStep(typing.NamedTuple):
+    """What stream() yields after each group."""
+
+    codes: Tensor  # int64 [B, n], the tokens so far
+    x: Tensor  # x_t / data_scale, float32 [B, 3, H, W]; after the last group the picture, not clamped
+    preview: Tensor  # the newest jump estimate, float32 [B, 3, H, W]
+
+
+def stream(
+    ar: ARTransformer,
+    tokenizer: SequentialDiffusionTokenizer,
+    labels: Tensor,
+    cfg: float | tuple[float, float] | None = (1.1, 8.0),
+    seeds: int | list[int] | None = None,
+    noise: Tensor | None = None,
+    num_steps: int | None = None,
+    solver: str = "ab2",
+    **sampling,
+) -> Iterator[StreamStep]:
+    """Section 3.3: yields a StreamStep after each group of N/K tokens; the last one's x is the finished picture.
+
+    labels, cfg, seeds and the rest of sampling (greedy, temperature, top_k, top_p, prefix) are those of
+    ARTransformer.generate; num_steps and solver those of the tokenizer's decode. noise: x0, each picture's own if None.
+    The same codes and noise given to decode() end in the same picture: both are tokenizer.denoise.
+    """
+    seeds = resolve_seeds(seeds, len(labels))
+    if noise is None:
+        noise = initial_noise(seeds, tokenizer.config.image_size, labels.device)
+    drawn, preview = [], None  # the first round brings a preview: step 0 uses group 0
+
+    def groups():
+        for codes in generate_groups(ar, labels, None, tokenizer.config.group_size, cfg, seeds, **sampling):
+            drawn.append(codes)
+            yield codes
+
+    for x, previews in tokenizer.denoise(groups(), noise, num_steps, solver):
+        preview = previews[-1] if previews else preview
+        yield StreamStep(torch.cat(drawn, 1), x, preview)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Checkpoints
+#
+# Ours are one file of plain dicts and tensors: {"format", "kind", "config", "model", perhaps "ema", "class_names",
+# "tokenizer" (a whole tokenizer checkpoint inside a Llama's), "training" (what resuming needs)}. The authors' files are
+# recognised by what is in them and renamed key by key. Either way a file is data: nothing in it can run.
+
+FORMAT = "dar-1"
+
+
+class InertObject:
+    """Stands in for the classes that released files mention (argparse.Namespace, config_util.Config): holds attributes,
+    does nothing, imports nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A .pt file as a dict whose tensors are mapped, not read: what is never touched costs neither time nor memory.
+
+    Raises FileNotFoundError, or ValueError in one line: no torch zip file, damaged, or asking to run code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        hint = "an old one: load it with the torch that wrote it and torch.save it again; a download: repeat it"
+        raise ValueError(f"{path}: not a checkpoint in torch's zip format ({hint})")
+    stand_ins = [(InertObject, "argparse.Namespace"), (InertObject, "config_util.Config")]
+    try:
+        with torch.serialization.safe_globals(stand_ins):  # inside this block alone, not for the whole process
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged pickle can fail in any way there is
+        found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
+        if found and "weights_only" in str(error):
+            name = found.group(1) or found.group(2)
+            raise ValueError(f"{path}: refused: it holds {name}, which could run code; only plain data loads") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise ValueError(f"{path}: damaged or incomplete checkpoint ({reason}); copy or download it again") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: holds a {type(data).__name__}, expected a checkpoint's dict")
+    return data
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    ema: nn.Module | None = None,
+    training: dict | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes a tokenizer or a Llama, with its tokenizer and class names if it has them, in the project's format.
+
+    ema: the averaged weights, which loading prefers. training: plain data for resuming. dtype: of weights, else kept.
+    The file appears whole or not at all, whatever happens meanwhile. Raises OSError if it cannot be written.
+    """
+    data = _bundle(model, dtype)
+    if ema is not None:
+        data["ema"] = _bundle(ema, dtype)["model"]
+    if training is not None:
+        data["training"] = training
+    write_atomically(path, lambda file: torch.save(data, file))
+
+
+def _bundle(model: nn.Module, dtype: torch.dtype | None) -> dict:
+    weights = {k: v.detach().to("cpu", dtype) for k, v in model.state_dict().items()}
+    kind = "tokenizer" if isinstance(model, SequentialDiffusionTokenizer) else "ar"
+    data = {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(model.config), "model": weights}
+    if kind == "ar" and model.tokenizer is not None:
+        data["tokenizer"] = _bundle(model.tokenizer, dtype)
+    if kind == "ar" and model.class_names is not None:
+        data["class_names"] = list(model.class_names)
+    return data
+
+
+def write_atomically(path: str | Path, write) -> None:
+    """Calls write(file) on a temporary neighbour, flushes it to the disk and renames it to path. Raises OSError."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); nothing was replaced") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tokenizer(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, weights: str = "ema"
+) -> SequentialDiffusionTokenizer:
+    """A tokenizer from our format or the authors' released layout, told apart by content; in eval mode.
+
+    dtype: of the weights, else the file's. weights: "ema" (the plain ones where a file has no others) or "model".
+    Released files bring the group rule "nearest" and their own data scale; a bare state dict has v1's. Raises
+    FileNotFoundError, or ValueError naming the file and every key that is missing, unexpected or of a wrong shape.
+    """
+    return _build_tokenizer(read_checkpoint(path), path, torch.device(device), dtype, weights)
+
+
+def load_ar(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: str = "ema",
+    tokenizer: SequentialDiffusionTokenizer | None = None,
+    num_tokens: int | None = None,
+) -> ARTransformer:
+    """A Llama from our format or the released layout, in eval mode; `tokenizer` is the one given, else the file's, else
+    None. Released files do not say N: it is the tokenizer's, else num_tokens, else 256. Otherwise as load_tokenizer."""
+    data, device = read_checkpoint(path), torch.device(device)
+    kind, config, state = _recognise(data, path, weights)
+    if kind != "ar":
+        raise ValueError(f"{path}: holds a tokenizer, expected an autoregressive model")
+    if tokenizer is None and isinstance(data.get("tokenizer"), dict):
+        tokenizer = _build_tokenizer(data["tokenizer"], f"{path}, its tokenizer", device, dtype, weights)
+    if config is None:
+        n = tokenizer.config.num_tokens if tokenizer is not None else num_tokens or 256
+        config = _released_ar_config(state, n, path)
+    ar = _assign(ARTransformer, config, state, path, device, dtype)
+    names = data.get("class_names")
+    if names is not None and (not isinstance(names, list) or len(names) != config.num_classes):
+        raise ValueError(f"{path}: class_names do not name {config.num_classes} classes")
+    ar.class_names = names
+    try:
+        ar.attach_tokenizer(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return ar
+
+
+def _build_tokenizer(data, path, device, dtype, weights) -> SequentialDiffusionTokenizer:
+    kind, config, state = _recognise(data, path, weights)
+    if kind != "tokenizer":
+        raise ValueError(f"{path}: holds an autoregressive model, expected a tokenizer")
+    if config is None:
+        config = _released_tokenizer_config(data.get("config"), state, path)
+    return _assign(SequentialDiffusionTokenizer, config, state, path, device, dtype)
+
+
+def _recognise(data: dict, path: str | Path, weights: str) -> tuple[str, TokenizerConfig | ARConfig | None, dict]:
+    """(kind, config or None where a released file leaves it to shapes, state dict under our names)."""
+    if weights not in ("ema", "model"):
+        raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
+    places = [data.get(k) for k in (("ema", "model") if weights == "ema" else ("model",))]
+    state = next((place for place in places if isinstance(place, dict)), data)
+    state = {_own_name(k): v for k, v in state.items() if isinstance(k, str)}
+    state.pop("quantize.codebook_used", None)  # the authors' usage counter, no weight
+    kind = "tokenizer" if "patchify.weight" in state else "ar" if "tok_embeddings.weight" in state else None
+    if kind is None:
+        raise ValueError(f"{path}: neither tokenizer nor Llama (no patchify.weight, no tok_embeddings.weight)")
+    for name, value in state.items():  # released 1x1 convolutions are our Linears
+        if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
+            state[name] = value[:, :, 0, 0]
+    if data.get("format") != FORMAT:
+        return kind, None, state
+    config_class = TokenizerConfig if kind == "tokenizer" else ARConfig
+    try:
+        return kind, config_class(**data["config"]), state
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: unusable config ({error})") from None
+
+
+RELEASED_NAMES = {  # prefix in the authors' files -> ours
+    "quant_in_conv.": "quant_in.",
+    "quant_out_conv.": "quant_out.",
+    "diff_decoder.net.conv_in.": "diffusion.patch_in.",
+    "diff_decoder.net.conv_out.": "diffusion.patch_out.",
+    "diff_decoder.net.repa_out.": "diffusion.repa_head.",
+    "diff_decoder.net.": "diffusion.",
+    "cls_embedding.embedding_table.": "cls_embedding.",
+}
+
+
+LAYERS = {  # config field -> where those layers stand in a state dict
+    "encoder_layers": "encoder_layers.",
+    "decoder_layers": "decoder_layers.",
+    "diffusion_layers": "diffusion.blocks.",
+    "layers": "layers.",
+}
+
+
+def _own_name(name: str) -> str:
+    while name.startswith(("module.", "_orig_mod.")):  # left by DistributedDataParallel and torch.compile
+        name = name.split(".", 1)[1]
+    for released, ours in RELEASED_NAMES.items():
+        if name.startswith(released):
+            return ours + name[len(released) :]
+    return name
+
+
+def _shape(state: dict, name: str, dims: int, path: str | Path) -> tuple[int, ...]:
+    value = state.get(name)
+    if not isinstance(value, Tensor) or value.ndim != dims:
+        raise ValueError(f"{path}: {name} is missing or no tensor of {dims} dimensions, so the model's size is unknown")
+    return tuple(value.shape)
+
+
+def _depth(state: dict, prefix: str) -> int:
+    numbers = (re.match(re.escape(prefix) + r"(\d{1,4})\.", name) for name in state)
+    return 1 + max((int(number.group(1)) for number in numbers if number), default=-1)
+
+
+def _released_tokenizer_config(config, state: dict, path: str | Path) -> TokenizerConfig:
+    """Widths and depths from the shapes; N, K, S, data scale and beta from the config in the file, else v1's."""
+    if isinstance(config, InertObject):
+        config = config.__dict__.get("_data")
+    config = config.get("model", config) if isinstance(config, dict) else {}
+    diffusion = config.get("diff_decoder", {}) if isinstance(config, dict) else {}
+    if not isinstance(config, dict) or not isinstance(diffusion, dict):
+        raise ValueError(f"{path}: its config is no dict of settings")
+    for name, wanted in {"vq_enable": True, "mlp_head": False, "share_time_encoding": False}.items():
+        found = config.get(name, diffusion.get(name, wanted))
+        if found is not wanted:
+            raise ValueError(f"{path}: its config says {name} = {found!r}; only {wanted} is supported")
+    fields = {name: _depth(state, prefix) for name, prefix in LAYERS.items() if name != "layers"}
+    fields["encoder_width"], _, fields["encoder_patch"], _ = _shape(state, "patchify.weight", 4, path)
+    fields["codebook_size"], fields["code_dim"] = _shape(state, "quantize.embedding.weight", 2, path)
+    fields["max_tokens"], fields["decoder_width"] = _shape(state, "decoder_embedding.weight", 2, path)
+    fields["diffusion_width"], pixels = _shape(state, "diffusion.patch_in.weight", 2, path)
+    fields["diffusion_patch"] = math.isqrt(pixels // 3)
+    for name, theirs, default in (
+        ("num_tokens", "num_all_queries", 256),
+        ("num_groups", "num_query_groups", 8),
+        ("num_steps", "num_denoising_steps", 8),
+        ("time_shift", "time_shift", 2.0),
+        ("data_scale", "data_std", 0.6),
+        ("repa_layer", "repa_layer", 8),
+    ):
+        fields[name] = config.get(theirs, diffusion.get(theirs, default))
+    if "diffusion.repa_head.0.weight" not in state:
+        fields["repa_layer"] = None
+    try:
+        return TokenizerConfig(group_rule="nearest", **fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _released_ar_config(state: dict, num_tokens: int, path: str | Path) -> ARConfig:
+    codes, width = _shape(state, "tok_embeddings.weight", 2, path)
+    classes, _ = _shape(state, "cls_embedding.weight", 2, path)
+    try:
+        return ARConfig(width, _depth(state, "layers."), codes, classes - 1, num_tokens)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _assign(model_class, config, state: dict, path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """Builds the model without memory, accounts for every key of the state dict, and gives it copies of the tensors."""
+    for field, prefix in LAYERS.items():  # before a wrong number makes us build a thousand layers
+        depth = _depth(state, prefix) if hasattr(config, field) else 0
+        if depth != getattr(config, field, 0):
+            raise ValueError(f"{path}: its config says {field} = {getattr(config, field)}, its weights have {depth}")
+    with torch.device("meta"):
+        model = model_class(config)
+    expected, wrong = model.state_dict(), []
+    wrong += [f"{name} is missing" for name in expected if name not in state]
+    wrong += [f"{name} is unexpected" for name in state if name not in expected]
+    for name in expected.keys() & state.keys():
+        value = state[name]
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+            wrong.append(f"{name} is no dense tensor of floats")
+        elif value.shape != expected[name].shape:
+            wrong.append(f"{name} has shape {list(value.shape)}, expected {list(expected[name].shape)}")
+    if wrong:
+        more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise ValueError(f"{path}: weights do not fit the model: {'; '.join(sorted(wrong)[:12])}{more}")
+    weights = {name: state[name].to(device, dtype, copy=True) for name in expected}  # copies: the file may be replaced
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Plumbing
+#
+# What both trainings and the other scripts share: pictures, data, randomness that belongs to the sample, averaged
+# weights, processes, and runs that survive being killed. Nothing here is particular to D-AR.
+
+
+def command_line(main) -> None:
+    """Runs a script's main(): a user's mistake ends in one line and exit code 2, Ctrl-C in 130; no traceback."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name: str) -> torch.device:
+    """--device auto|cpu|cuda|mps -> the device; auto takes the fastest. Raises ValueError if it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if there["cuda"] else "mps" if there["mps"] else "cpu")
+    if not there.get(name, False):
+        raise ValueError(f"--device {name}: not available here; there is {', '.join(k for k, v in there.items() if v)}")
+    return torch.device(name)
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware, and so about twice to four times faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def init_distributed(device: torch.device) -> tuple[int, int, torch.device]:
+    """(rank, world size, this process's device) from torchrun's environment; (0, 1, device) without it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.distributed.get_rank(), world, device
+
+
+def end_distributed() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# Pictures
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images, -1 ... 1 -> uint8 as ADM rounds: 127.5 x + 128, clamped to 0 ... 255, truncated."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images -> float32 in [-1, 1]: u / 127.5 - 1."""
+    return images.float() / 127.5 - 1
+
+
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each image, clamped to [-1, 1]: float [B, 3, H, W] twice -> [B]."""
+    return -10 * ((images.clamp(-1, 1) - references).div(2) ** 2).flatten(1).mean(1).log10()
+
+
+def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Float images [n, 3, H, W] in [-1, 1] -> one white-gapped picture, row by row."""
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    n, height, width, _ = pixels.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, picture in enumerate(pixels):
+        y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[y : y + height, x : x + width] = picture
+    return Image.fromarray(canvas)
+
+
+def load_rgb(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB, whatever it was: grey, palette, CMYK, 16-bit; alpha goes onto white.
+
+    Raises ValueError naming a file that is no readable image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith(("I", "F")):  # 16 bits: Pillow's convert would clip, not scale
+                values = np.asarray(image, np.float64) / (257 if image.mode.startswith("I") else 1)
+                return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+            if "A" in image.getbands() or "transparency" in image.info:
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: halve with BOX while the short side is at least 2 size, BICUBIC to size, cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    x, y = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((x, y, x + size, y + size))
+
+
+# Data
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+SHAPES = {  # every class is a polygon: its number of corners, and the radius of every second one
+    "circle": (48, 1.0),
+    "triangle": (3, 1.0),
+    "square": (4, 1.0),
+    "pentagon": (5, 1.0),
+    "star": (10, 0.45),
+    "spark": (8, 0.3),
+    "gear": (24, 0.75),
+    "needle": (4, 0.2),
+}
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files below a folder, sorted. FileNotFoundError without the folder, ValueError without images."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found = sorted(Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    found = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not found:
+        raise ValueError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+class ImageData:
+    """Labelled images: a folder with one sub-folder a class, or the word "shapes", drawn by Pillow from the index.
+
+    Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to train on.
+    """
+
+    def __init__(self, source: str, size: int, held_out: bool = False):
+        self.source, self.size, self.held_out, self.kept = source, size, held_out, {}
+        if source == "shapes":
+            self.paths, self.class_names = None, list(SHAPES)
+            self.labels = [i % len(SHAPES) for i in range(1000 if held_out else 10000)]
+            return
+        self.paths = list_images(source)
+        classes = [path.relative_to(source).parts[0] if path.parent != Path(source) else None for path in self.paths]
+        if None in classes:
+            raise ValueError(f"{self.paths[classes.index(None)]}: expected one sub-folder for each class in {source}")
+        self.class_names = sorted(set(classes))
+        number = {name: i for i, name in enumerate(self.class_names)}
+        self.labels = [number[name] for name in classes]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` in RGB. Small ones stay in memory once decoded (CIFAR-10: 150 MB)."""
+        if self.paths is None:
+            return draw_shape(index + 10**6 * self.held_out, self.size)
+        if index not in self.kept:
+            image = load_rgb(self.paths[index])
+            if max(image.size) > 64:
+                return image
+            self.kept[index] = image
+        return self.kept[index]
+
+
+def draw_shape(index: int, size: int) -> Image.Image:
+    """The index-th picture of the procedural dataset: a coloured shape on a coloured ground, class = index mod 8."""
+    rng, scale = np.random.default_rng(index), 4 * size  # drawn large and averaged down: smooth edges
+    ground, colour = (tuple(rng.integers(0, 256, 3).tolist()) for _ in range(2))
+    radius, turn = scale * rng.uniform(0.2, 0.4), rng.uniform(0, 2 * math.pi)
+    x, y = rng.uniform(radius, scale - radius, 2)
+    corners, inner = list(SHAPES.values())[index % len(SHAPES)]
+    outline = []
+    for i in range(corners):
+        angle, r = turn + 2 * math.pi * i / corners, radius * (inner if i % 2 else 1)
+        outline.append((x + r * math.cos(angle), y + r * math.sin(angle)))
+    image = Image.new("RGB", (scale, scale), ground)
+    ImageDraw.Draw(image).polygon(outline, fill=colour)
+    return image.resize((size, size), Image.BOX)
+
+
+# Randomness that belongs to the sample: position p counts the samples of a whole training, p = step · batch + place in
+# the batch. What sample p is, how it is cropped and which noise it gets depend on (seed, p) alone, so a run resumes, or
+# goes on with another number of processes, as if nothing had happened.
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, epoch]).permutation(count)
+
+
+def data_index(position: int, count: int, seed: int) -> int:
+    """Which of count images sample `position` is: every epoch runs through all of them in its own random order."""
+    epoch, place = divmod(position, count)
+    return int(_epoch_order(count, seed, epoch)[place])
+
+
+def sample_rng(seed: int, position: int) -> np.random.Generator:
+    """The small random choices of one sample: crop, flip, time s, class dropout."""
+    return np.random.default_rng([seed, 1, position])
+
+
+def sample_noise(seed: int, positions: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal noise, float32 [len(positions), *shape], each sample's drawn on the device from its own seed."""
+    generator, noise = torch.Generator(device), torch.empty(len(positions), *shape, device=device)
+    for row, position in zip(noise, positions):
+        # odd multipliers permute the 32-bit numbers: no two samples of a run share a seed
+        row.normal_(generator=generator.manual_seed((position * 2654435761 + seed * 40503 + 12345) % 2**32))
+    return noise
+
+
+class Samples(torch.utils.data.Dataset):
+    """Sample position -> (uint8 image [3, H, W], label, position); transform(PIL image, generator) crops and flips."""
+
+    def __init__(self, data: ImageData, transform, seed: int):
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        index = data_index(position, len(self.data), self.seed)
+        image = self.transform(self.data.image(index), sample_rng(self.seed, position))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.data.labels[index], position
+
+
+def training_batches(samples: Samples, steps: range, batch: int, rank: int, world: int, micro: int, workers: int):
+    """Yields (images, labels, positions) in micro-batches: this rank's share of the global batch of each step."""
+    share = batch // world
+    starts = (step * batch + rank * share + i for step in steps for i in range(0, share, micro))
+    positions = (range(start, start + micro) for start in starts)
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=positions, num_workers=workers))
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, kept as a second model in eval mode (float32).
+
+    Decay min(0.999, (1 + i) / (10 + i)) after i updates: the first averages forget the random initial weights quickly.
+    """
+
+    def __init__(self, model: nn.Module, max_decay: float = 0.999):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.max_decay, self.updates = max_decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        decay = min(self.max_decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+
+
+class TrainingRun:
+    """The folder of a training: last.pt, the one before it, log.csv and pictures; resuming; stopping when told to.
+
+    settings: {what: value} that must not change within a run (model, data, seed). columns: of log.csv. Raises
+    ValueError, naming the difference, if the folder holds a run with other settings.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict, columns: list[str], resume: bool = True, main: bool = True):
+        self.folder, self.settings, self.columns, self.main = Path(folder), settings, columns, main
+        self.checkpoint = self._newest() if resume else None
+        self.step = 0 if self.checkpoint is None else self.checkpoint["training"]["step"]
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember_signal)
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._cut_log()
+
+    def _remember_signal(self, number, frame) -> None:
+        if self.signal == number == signal.SIGINT:  # a second Ctrl-C does not wait for the step to end
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def _newest(self) -> dict | None:
+        """last.pt, or previous.pt if that is not whole; None in a new folder."""
+        problems = []
+        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
+            if not path.exists():
+                continue
+            try:
+                checkpoint = read_checkpoint(path)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            before = checkpoint.get("training", {}).get("settings", {})
+            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in self.settings.items() if before.get(k) != v]
+            if changed:
+                raise ValueError(f"{path}: another run ({'; '.join(changed)}); choose another --out, or --resume never")
+            return checkpoint
+        if problems:
+            raise ValueError("; ".join(problems))
+        return None
+
+    def _cut_log(self) -> None:
+        """log.csv goes back to the checkpoint's step: what was logged after it will happen again."""
+        path, rows = self.folder / "log.csv", []
+        if self.step and path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
+            rows = [row for row in rows if int(row["step"]) <= self.step]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+    def log(self, row: dict) -> None:
+        """Appends a row to log.csv; columns without a value stay empty."""
+        if self.main:
+            row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            with open(self.folder / "log.csv", "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+
+    def save(
+        self, step: int, model: nn.Module, ema: EMA | None, optimizer: torch.optim.Optimizer, keep_every: int = 0
+    ) -> None:
+        """Writes last.pt; the one before becomes previous.pt, and every keep_every steps one stays as step-N.pt."""
+        self.step = step
+        if not self.main:
+            return
+        training = {"step": step, "settings": self.settings, "optimizer": optimizer.state_dict()}
+        training["ema_updates"] = ema.updates if ema else 0
+        new, last = self.folder / "new.pt", self.folder / "last.pt"
+        save_checkpoint(new, model, ema.model if ema else None, training)
+        if last.exists():
+            os.replace(last, self.folder / "previous.pt")
+        os.replace(new, last)
+        if keep_every and step % keep_every == 0:
+            shutil.copyfile(last, self.folder / f"step-{step}.pt")
+
+    def restore(self, model: nn.Module, ema: EMA | None, optimizer: torch.optim.Optimizer) -> None:
+        """Puts the checkpoint's weights, averages and optimizer state into place, bit for bit."""
+        if self.checkpoint is None:
+            return
+        training = self.checkpoint["training"]
+        model.load_state_dict(self.checkpoint["model"])
+        if ema is not None:
+            ema.model.load_state_dict(self.checkpoint["ema"])
+            ema.updates = training["ema_updates"]
+        optimizer.load_state_dict(training["optimizer"])
+        self.checkpoint = None
+
+    def stopping(self, device: torch.device) -> bool:
+        """Whether SIGTERM or Ctrl-C has reached any process: all of them get the same answer after the same step."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flag = torch.tensor(self.signal, device=device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.signal = int(flag)
+        return self.signal != 0
