@@ -20,6 +20,7 @@ Names are the paper's: x0 is noise, x1 the image, t = 0 noise and t = 1 data; N 
 B is the batch, C a width, P the number of patches, V the codebook size.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -32,6 +33,7 @@ import shutil
 import signal
 import sys
 import typing
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -324,11 +326,11 @@ def normalize(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def init_linears(module: nn.Module) -> None:
-    """Truncated normal weights of standard deviation 0.02 and zero biases in every Linear (and patch convolution)."""
+def init_linears(module: nn.Module, std: float = 0.02) -> None:
+    """Truncated normal weights of standard deviation std and zero biases in every Linear (and patch convolution)."""
     for m in module.modules():
         if isinstance(m, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.trunc_normal_(m.weight, std=std)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 
@@ -406,7 +408,7 @@ class DiffusionDecoder(nn.Module):
 
     REPA_GRID, REPA_WIDTH, REPA_HIDDEN = 16, 768, 2048  # DINOv2 ViT-B/14 sees 224 pixels: 16x16 features of width 768
 
-    def __init__(self, width: int, cond_width: int, depth: int, patch_size: int, repa_layer: int | None):
+    def __init__(self, width: int, cond_width: int, depth: int, patch_size: int, repa_layer: int | None, init_std=0.02):
         super().__init__()
         self.patch_size, self.repa_layer, self.recompute = patch_size, repa_layer, False
         self.cond_mlp = nn.Linear(cond_width, width)
@@ -422,7 +424,7 @@ class DiffusionDecoder(nn.Module):
                 nn.SiLU(),
                 nn.Linear(hidden, self.REPA_WIDTH),
             )
-        init_linears(self)
+        init_linears(self, init_std)
         nn.init.zeros_(self.patch_out.weight)  # zero-initialised: the first velocity is 0
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[1].weight)  # zero-initialised: blocks begin as the identity
@@ -504,6 +506,7 @@ class TokenizerConfig:
     group_rule: str = "ceil"  # eq. 5; "nearest" is what the released weights were trained with (condition_group)
     repa_layer: int | None = 8  # REPA reads the state entering this diffusion block; None: no REPA head
     commit_weight: float = 0.25  # beta of appendix I
+    init_std: float = 0.02  # of fresh Linears; narrow models start faster with 1/sqrt(width), which 0.02 is far below
     max_tokens: int = 1024  # rows of the query and position tables, of which the first N are used
 
     def __post_init__(self):
@@ -547,8 +550,12 @@ TOKENIZER_PRESETS = {
         diffusion_width=128,
         diffusion_layers=6,
         repa_layer=None,
+        init_std=0.08,
     ),
 }
+
+
+WARMUP_NOISE = 0.18  # a standard deviation: about 0.5 in 8 dimensions, how far 1024 spread codes are from a feature
 
 
 @functools.lru_cache(maxsize=32)
@@ -577,13 +584,13 @@ class SequentialDiffusionTokenizer(nn.Module):
         self.quant_out = nn.Linear(c.code_dim, c.decoder_width, bias=False)
         self.decoder_embedding = nn.Embedding(c.max_tokens, c.decoder_width)  # learned positions
         self.decoder_layers = nn.ModuleList(GatedBlock(c.decoder_width) for _ in range(c.decoder_layers))
-        init_linears(self)
+        init_linears(self, c.init_std)
         # Unit vectors z enter the causal decoder at the scale of a LayerNorm's output, well above the positions: with
         # 0.02 here and N(0, 1) positions, z' would hardly depend on the codes for the first hundreds of steps.
         nn.init.normal_(self.quant_out.weight)
         nn.init.normal_(self.decoder_embedding.weight, std=0.02)
         self.diffusion = DiffusionDecoder(
-            c.diffusion_width, c.decoder_width, c.diffusion_layers, c.diffusion_patch, c.repa_layer
+            c.diffusion_width, c.decoder_width, c.diffusion_layers, c.diffusion_patch, c.repa_layer, c.init_std
         )
 
     # The parts, from left to right in Fig. 4
@@ -616,7 +623,7 @@ class SequentialDiffusionTokenizer(nn.Module):
 
         images: float [B, 3, H, W] in [-1, 1]. s: uniform times in [0, 1], [B], or [B, R] for R times for each image
         that is encoded once; drawn if None. noise: x0, [B, 3, H, W] or [B, R, 3, H, W]; drawn if None.
-        quantized: False passes the normalised features on as they are, for a codebook warm-up (train_tokenizer.py).
+        quantized: False passes the normalised features on with noise instead (train_tokenizer.py, codebook warm-up).
         Returns the scalars "fm" (eq. 2, over data_scale²), "vq" and "commit" (appendix I, 0.25 included) and "kept",
         the number of tokens these two are means over; "codes" [B, N]; "pred_image" (jump estimates [B·R, 3, H, W], not
         clamped, for LPIPS); and "repa" ([B·R, g·g, 768]) if there is a head. Summing them, eq. 7, is the script's.
@@ -635,7 +642,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         f = self.features(images)
         z, codes, vq, commit = self.quantize(f, keep)
         if not quantized:
-            z, vq, commit = F.normalize(f.float(), dim=-1), 0 * vq, 0 * commit
+            f = F.normalize(f.float(), dim=-1)
+            z, vq, commit = F.normalize(f + WARMUP_NOISE * torch.randn_like(f), dim=-1), 0 * vq, 0 * commit
 
         groups = self.causal_decoder(z).unflatten(1, (c.num_groups, c.group_size))  # [B, K, N/K, C]
         condition = groups[torch.arange(batch, device=s.device)[:, None], group].flatten(0, 1)  # [B·R, N/K, C]
@@ -721,6 +729,8 @@ class SequentialDiffusionTokenizer(nn.Module):
             raise ValueError(f"{codes.shape[1]} codes: decoding takes whole groups of {c.group_size}")
         if noise is None:
             noise = torch.randn(len(codes), 3, c.image_size, c.image_size, device=codes.device)
+        if len(noise) != len(codes):
+            raise ValueError(f"noise for {len(noise)} pictures, codes for {len(codes)}")
         return self.denoise(codes.split(c.group_size, 1), noise, num_steps, solver)
 
     def _check_size(self, images: Tensor, what: str, patch: int) -> None:
@@ -769,7 +779,7 @@ AR_PRESETS = {
     "B": ARConfig(768, 12),  # 111M
     "L": ARConfig(1024, 24),  # 343M, D-AR-L
     "XL": ARConfig(1280, 36),  # 775M, D-AR-XL: 2.09 FID in Table 3
-    "tiny": ARConfig(256, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # for the "tiny" tokenizer
+    "tiny": ARConfig(192, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # for the "tiny" tokenizer
 }
 
 
@@ -844,18 +854,19 @@ class ARTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)  # zero-initialised: the first loss is log V
 
+    def check_tokenizer(self, tokenizer: SequentialDiffusionTokenizer) -> None:
+        """Raises ValueError, naming both values, if a tokenizer's codes are not those that this model writes."""
+        mine, its = self.config, tokenizer.config
+        for what, a, b in (("codes", mine.vocab_size, its.codebook_size), ("tokens", mine.num_tokens, its.num_tokens)):
+            if a != b:
+                raise ValueError(
+                    f"the model works with {a} {what}, the tokenizer with {b}: they do not belong together"
+                )
+
     def attach_tokenizer(self, tokenizer: SequentialDiffusionTokenizer | None) -> None:
         """Sets `tokenizer`, which turns this model's codes into pictures. Raises ValueError if the two do not fit."""
         if tokenizer is not None:
-            mine, its = self.config, tokenizer.config
-            for what, a, b in (
-                ("codes", mine.vocab_size, its.codebook_size),
-                ("tokens", mine.num_tokens, its.num_tokens),
-            ):
-                if a != b:
-                    raise ValueError(
-                        f"the model works with {a} {what}, the tokenizer with {b}: they do not belong together"
-                    )
+            self.check_tokenizer(tokenizer)
         object.__setattr__(self, "tokenizer", tokenizer)  # a companion, not a part: its weights are not this module's
 
     def embed(self, labels: Tensor | None, codes: Tensor | None) -> Tensor:
@@ -1032,6 +1043,8 @@ def _check_generation(ar, labels, count, temperature, top_k, top_p, prefix) -> T
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected > 0, >= 0, and in (0, 1]")
     if prefix is None:
         return labels.new_empty(len(labels), 0)
+    if prefix.ndim not in (1, 2) or prefix.ndim == 2 and len(prefix) not in (1, len(labels)):
+        raise ValueError(f"prefix of shape {list(prefix.shape)}: expected [n] or [B, n] with B = {len(labels)}")
     prefix = prefix.to(labels.device).expand(len(labels), -1)
     if prefix.dtype != torch.int64 or prefix.shape[1] > count:
         raise ValueError(
@@ -1076,9 +1089,12 @@ def stream(
     ARTransformer.generate; num_steps and solver those of the tokenizer's decode. noise: x0, each picture's own if None.
     The same codes and noise given to decode() end in the same picture: both are tokenizer.denoise.
     """
+    ar.check_tokenizer(tokenizer)
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
         noise = initial_noise(seeds, tokenizer.config.image_size, labels.device)
+    if len(noise) != len(labels):
+        raise ValueError(f"noise for {len(noise)} pictures, labels for {len(labels)}")
     drawn, preview = [], None  # the first round brings a preview: step 0 uses group 0
 
     def groups():
@@ -1112,6 +1128,16 @@ class InertObject:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
+@contextlib.contextmanager
+def _about(path: str | Path) -> Iterator[None]:
+    """Puts the file's name before a ValueError's message, in one line whatever a damaged file brought into it."""
+    try:
+        yield
+    except ValueError as error:
+        message = "".join(c if c.isprintable() else "?" for c in str(error))
+        raise ValueError(f"{path}: {message}") from None
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """A .pt file as a dict whose tensors are mapped, not read: what is never touched costs neither time nor memory.
 
@@ -1120,22 +1146,31 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        hint = "an old one: load it with the torch that wrote it and torch.save it again; a download: repeat it"
-        raise ValueError(f"{path}: not a checkpoint in torch's zip format ({hint})")
-    stand_ins = [(InertObject, "argparse.Namespace"), (InertObject, "config_util.Config")]
-    try:
-        with torch.serialization.safe_globals(stand_ins):  # inside this block alone, not for the whole process
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle can fail in any way there is
-        found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
-        if found and "weights_only" in str(error):
-            name = found.group(1) or found.group(2)
-            raise ValueError(f"{path}: refused: it holds {name}, which could run code; only plain data loads") from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ValueError(f"{path}: damaged or incomplete checkpoint ({reason}); copy or download it again") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds a {type(data).__name__}, expected a checkpoint's dict")
+    with _about(path):
+        try:
+            is_zip = path.is_file() and zipfile.is_zipfile(path)
+        except zipfile.BadZipFile:  # so damaged that even the question fails
+            is_zip = False
+        if not is_zip:
+            hint = "an old one: load it with the torch that wrote it and torch.save it again; a download: repeat it"
+            raise ValueError(f"not a checkpoint in torch's zip format ({hint})")
+        stand_ins = [(InertObject, "argparse.Namespace"), (InertObject, "config_util.Config")]
+        try:
+            # The stand-ins hold inside this block alone. torch's remarks on odd pickles: the error says what matters.
+            with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a damaged pickle can fail in any way there is
+            found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
+            if found and "weights_only" in str(error):
+                name = found.group(1) or found.group(2)
+                raise ValueError(f"refused: it holds {name}, which could run code; only plain data loads") from None
+            reason = f"{type(error).__name__}: {error}"
+            inner = re.search(r"WeightsUnpickler error:\s*(.+)", reason)  # before it, torch advises weights_only=False
+            reason = (inner.group(1) if inner else reason.splitlines()[0])[:160]
+            raise ValueError(f"damaged or incomplete checkpoint ({reason}); copy or download it again") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"holds a {type(data).__name__}, expected a checkpoint's dict")
     return data
 
 
@@ -1195,7 +1230,9 @@ def load_tokenizer(
     Released files bring the group rule "nearest" and their own data scale; a bare state dict has v1's. Raises
     FileNotFoundError, or ValueError naming the file and every key that is missing, unexpected or of a wrong shape.
     """
-    return _build_tokenizer(read_checkpoint(path), path, torch.device(device), dtype, weights)
+    data = read_checkpoint(path)
+    with _about(path):
+        return _build_tokenizer(data, torch.device(device), dtype, weights)
 
 
 def load_ar(
@@ -1209,56 +1246,36 @@ def load_ar(
     """A Llama from our format or the released layout, in eval mode; `tokenizer` is the one given, else the file's, else
     None. Released files do not say N: it is the tokenizer's, else num_tokens, else 256. Otherwise as load_tokenizer."""
     data, device = read_checkpoint(path), torch.device(device)
-    kind, config, state = _recognise(data, path, weights)
-    if kind != "ar":
-        raise ValueError(f"{path}: holds a tokenizer, expected an autoregressive model")
-    if tokenizer is None and isinstance(data.get("tokenizer"), dict):
-        tokenizer = _build_tokenizer(data["tokenizer"], f"{path}, its tokenizer", device, dtype, weights)
-    if config is None:
-        n = tokenizer.config.num_tokens if tokenizer is not None else num_tokens or 256
-        config = _released_ar_config(state, n, path)
-    ar = _assign(ARTransformer, config, state, path, device, dtype)
-    names = data.get("class_names")
-    if names is not None and (not isinstance(names, list) or len(names) != config.num_classes):
-        raise ValueError(f"{path}: class_names do not name {config.num_classes} classes")
-    ar.class_names = names
-    try:
+    with _about(path):
+        kind, config, state = _recognise(data, weights)
+        if kind != "ar":
+            raise ValueError("holds a tokenizer, expected an autoregressive model")
+        if tokenizer is None and config is not None and "tokenizer" in data:
+            if not isinstance(data["tokenizer"], dict):
+                raise ValueError(f"its tokenizer is a {type(data['tokenizer']).__name__}, expected a checkpoint's dict")
+            tokenizer = _build_tokenizer(data["tokenizer"], device, dtype, weights)
+        if config is None:  # a released file
+            codes, width = _shape(state, "tok_embeddings.weight", 2)
+            classes = _shape(state, "cls_embedding.weight", 2)[0] - 1
+            n = tokenizer.config.num_tokens if tokenizer is not None else num_tokens or 256
+            config = ARConfig(width, _depth(state, "layers."), codes, classes, n)
+        ar = _assign(ARTransformer, config, state, device, dtype)
+        names = data.get("class_names")
+        if names is not None:
+            if not isinstance(names, list) or {type(n) for n in names} != {str} or len(names) != config.num_classes:
+                raise ValueError(f"class_names is no list of {config.num_classes} names")
+            ar.class_names = names
         ar.attach_tokenizer(tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return ar
 
 
-def _build_tokenizer(data, path, device, dtype, weights) -> SequentialDiffusionTokenizer:
-    kind, config, state = _recognise(data, path, weights)
+def _build_tokenizer(data: dict, device: torch.device, dtype, weights: str) -> SequentialDiffusionTokenizer:
+    kind, config, state = _recognise(data, weights)
     if kind != "tokenizer":
-        raise ValueError(f"{path}: holds an autoregressive model, expected a tokenizer")
+        raise ValueError("holds an autoregressive model, expected a tokenizer")
     if config is None:
-        config = _released_tokenizer_config(data.get("config"), state, path)
-    return _assign(SequentialDiffusionTokenizer, config, state, path, device, dtype)
-
-
-def _recognise(data: dict, path: str | Path, weights: str) -> tuple[str, TokenizerConfig | ARConfig | None, dict]:
-    """(kind, config or None where a released file leaves it to shapes, state dict under our names)."""
-    if weights not in ("ema", "model"):
-        raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
-    places = [data.get(k) for k in (("ema", "model") if weights == "ema" else ("model",))]
-    state = next((place for place in places if isinstance(place, dict)), data)
-    state = {_own_name(k): v for k, v in state.items() if isinstance(k, str)}
-    state.pop("quantize.codebook_used", None)  # the authors' usage counter, no weight
-    kind = "tokenizer" if "patchify.weight" in state else "ar" if "tok_embeddings.weight" in state else None
-    if kind is None:
-        raise ValueError(f"{path}: neither tokenizer nor Llama (no patchify.weight, no tok_embeddings.weight)")
-    for name, value in state.items():  # released 1x1 convolutions are our Linears
-        if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
-            state[name] = value[:, :, 0, 0]
-    if data.get("format") != FORMAT:
-        return kind, None, state
-    config_class = TokenizerConfig if kind == "tokenizer" else ARConfig
-    try:
-        return kind, config_class(**data["config"]), state
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: unusable config ({error})") from None
+        config = _released_tokenizer_config(data.get("config"), state)
+    return _assign(SequentialDiffusionTokenizer, config, state, device, dtype)
 
 
 RELEASED_NAMES = {  # prefix in the authors' files -> ours
@@ -1270,8 +1287,6 @@ RELEASED_NAMES = {  # prefix in the authors' files -> ours
     "diff_decoder.net.": "diffusion.",
     "cls_embedding.embedding_table.": "cls_embedding.",
 }
-
-
 LAYERS = {  # config field -> where those layers stand in a state dict
     "encoder_layers": "encoder_layers.",
     "decoder_layers": "decoder_layers.",
@@ -1289,82 +1304,102 @@ def _own_name(name: str) -> str:
     return name
 
 
-def _shape(state: dict, name: str, dims: int, path: str | Path) -> tuple[int, ...]:
+def _recognise(data: dict, weights: str) -> tuple[str, TokenizerConfig | ARConfig | None, dict]:
+    """(kind, config or None where a released file leaves it to shapes, state dict under our names)."""
+    if weights not in ("ema", "model"):
+        raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
+    places = [data.get(k) for k in (("ema", "model") if weights == "ema" else ("model",))]
+    found = next((place for place in places if isinstance(place, dict)), data)
+    state = {}
+    for theirs, value in found.items():
+        name = _own_name(theirs) if isinstance(theirs, str) else repr(theirs)
+        if name in state:
+            raise ValueError(f"{name} stands in it twice, with and without a prefix")
+        if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
+            value = value[:, :, 0, 0]  # released 1x1 convolutions are our Linears
+        state[name] = value
+    state.pop("quantize.codebook_used", None)  # the authors' usage counter, no weight
+    kind = "tokenizer" if "patchify.weight" in state else "ar" if "tok_embeddings.weight" in state else None
+    if kind is None:
+        raise ValueError("neither tokenizer nor Llama (no patchify.weight, no tok_embeddings.weight)")
+    if "format" not in data:
+        return kind, None, state
+    if data["format"] != FORMAT:
+        raise ValueError(f"format {data['format']!r:.40}, expected {FORMAT!r}; a newer dar.py wrote it")
+    try:
+        return kind, (TokenizerConfig if kind == "tokenizer" else ARConfig)(**data["config"]), state
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"unusable config ({error})") from None
+
+
+def _shape(state: dict, name: str, dims: int) -> tuple[int, ...]:
     value = state.get(name)
     if not isinstance(value, Tensor) or value.ndim != dims:
-        raise ValueError(f"{path}: {name} is missing or no tensor of {dims} dimensions, so the model's size is unknown")
+        raise ValueError(f"{name} is missing or no tensor of {dims} dimensions, so the model's size is unknown")
     return tuple(value.shape)
 
 
 def _depth(state: dict, prefix: str) -> int:
     numbers = (re.match(re.escape(prefix) + r"(\d{1,4})\.", name) for name in state)
-    return 1 + max((int(number.group(1)) for number in numbers if number), default=-1)
+    return len({number.group(1) for number in numbers if number})  # a gap shows as keys missing and unexpected
 
 
-def _released_tokenizer_config(config, state: dict, path: str | Path) -> TokenizerConfig:
+def _released_tokenizer_config(config, state: dict) -> TokenizerConfig:
     """Widths and depths from the shapes; N, K, S, data scale and beta from the config in the file, else v1's."""
     if isinstance(config, InertObject):
         config = config.__dict__.get("_data")
-    config = config.get("model", config) if isinstance(config, dict) else {}
-    diffusion = config.get("diff_decoder", {}) if isinstance(config, dict) else {}
-    if not isinstance(config, dict) or not isinstance(diffusion, dict):
-        raise ValueError(f"{path}: its config is no dict of settings")
+    config = {} if config is None else config.get("model", config) if isinstance(config, dict) else config
+    diffusion = config.get("diff_decoder", {}) if isinstance(config, dict) else None
+    if not isinstance(diffusion, dict):
+        raise ValueError("its config is no dict of settings")
     for name, wanted in {"vq_enable": True, "mlp_head": False, "share_time_encoding": False}.items():
         found = config.get(name, diffusion.get(name, wanted))
         if found is not wanted:
-            raise ValueError(f"{path}: its config says {name} = {found!r}; only {wanted} is supported")
+            raise ValueError(f"its config says {name} = {found!r}; only {wanted} is supported")
     fields = {name: _depth(state, prefix) for name, prefix in LAYERS.items() if name != "layers"}
-    fields["encoder_width"], _, fields["encoder_patch"], _ = _shape(state, "patchify.weight", 4, path)
-    fields["codebook_size"], fields["code_dim"] = _shape(state, "quantize.embedding.weight", 2, path)
-    fields["max_tokens"], fields["decoder_width"] = _shape(state, "decoder_embedding.weight", 2, path)
-    fields["diffusion_width"], pixels = _shape(state, "diffusion.patch_in.weight", 2, path)
+    fields["encoder_width"], _, fields["encoder_patch"], _ = _shape(state, "patchify.weight", 4)
+    fields["codebook_size"], fields["code_dim"] = _shape(state, "quantize.embedding.weight", 2)
+    fields["max_tokens"], fields["decoder_width"] = _shape(state, "decoder_embedding.weight", 2)
+    fields["diffusion_width"], pixels = _shape(state, "diffusion.patch_in.weight", 2)
     fields["diffusion_patch"] = math.isqrt(pixels // 3)
     for name, theirs, default in (
         ("num_tokens", "num_all_queries", 256),
         ("num_groups", "num_query_groups", 8),
-        ("num_steps", "num_denoising_steps", 8),
+        ("num_steps", "num_denoising_steps", 0),
         ("time_shift", "time_shift", 2.0),
         ("data_scale", "data_std", 0.6),
-        ("repa_layer", "repa_layer", 8),
+        ("repa_layer", "repa_layer", min(8, fields["diffusion_layers"] - 1)),  # a shallower network has no block 8
     ):
         fields[name] = config.get(theirs, diffusion.get(theirs, default))
     if "diffusion.repa_head.0.weight" not in state:
         fields["repa_layer"] = None
-    try:
-        return TokenizerConfig(group_rule="nearest", **fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return TokenizerConfig(group_rule="nearest", **fields)
 
 
-def _released_ar_config(state: dict, num_tokens: int, path: str | Path) -> ARConfig:
-    codes, width = _shape(state, "tok_embeddings.weight", 2, path)
-    classes, _ = _shape(state, "cls_embedding.weight", 2, path)
-    try:
-        return ARConfig(width, _depth(state, "layers."), codes, classes - 1, num_tokens)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _assign(model_class, config, state: dict, path, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _assign(model_class, config, state: dict, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """Builds the model without memory, accounts for every key of the state dict, and gives it copies of the tensors."""
     for field, prefix in LAYERS.items():  # before a wrong number makes us build a thousand layers
         depth = _depth(state, prefix) if hasattr(config, field) else 0
         if depth != getattr(config, field, 0):
-            raise ValueError(f"{path}: its config says {field} = {getattr(config, field)}, its weights have {depth}")
+            raise ValueError(f"its config says {field} = {getattr(config, field)}, its weights have {depth}")
     with torch.device("meta"):
         model = model_class(config)
-    expected, wrong = model.state_dict(), []
-    wrong += [f"{name} is missing" for name in expected if name not in state]
+    expected = model.state_dict()
+    wrong = [f"{name} is missing" for name in expected if name not in state]
     wrong += [f"{name} is unexpected" for name in state if name not in expected]
     for name in expected.keys() & state.keys():
         value = state[name]
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
             wrong.append(f"{name} is no dense tensor of floats")
+        elif (
+            value.is_meta or value.untyped_storage().nbytes() < value.nbytes
+        ):  # it would need more memory than the file
+            wrong.append(f"{name} claims {value.numel()} numbers that are not in the file")
         elif value.shape != expected[name].shape:
             wrong.append(f"{name} has shape {list(value.shape)}, expected {list(expected[name].shape)}")
     if wrong:
         more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise ValueError(f"{path}: weights do not fit the model: {'; '.join(sorted(wrong)[:12])}{more}")
+        raise ValueError(f"weights do not fit the model: {'; '.join(sorted(wrong)[:12])}{more}")
     weights = {name: state[name].to(device, dtype, copy=True) for name in expected}  # copies: the file may be replaced
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -1486,16 +1521,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 # Data
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-SHAPES = {  # every class is a polygon: its number of corners, and the radius of every second one
-    "circle": (48, 1.0),
-    "triangle": (3, 1.0),
-    "square": (4, 1.0),
-    "pentagon": (5, 1.0),
-    "star": (10, 0.45),
-    "spark": (8, 0.3),
-    "gear": (24, 0.75),
-    "needle": (4, 0.2),
-}
+# Polygons: how many corners, and the radius of every second one.
+SHAPES = {"circle": (48, 1.0), "triangle": (3, 1.0), "square": (4, 1.0), "star": (10, 0.45), "gear": (24, 0.75)}
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -1546,7 +1573,7 @@ class ImageData:
 
 
 def draw_shape(index: int, size: int) -> Image.Image:
-    """The index-th picture of the procedural dataset: a coloured shape on a coloured ground, class = index mod 8."""
+    """The index-th picture of the procedural dataset: a coloured shape on a coloured ground, classes in turn."""
     rng, scale = np.random.default_rng(index), 4 * size  # drawn large and averaged down: smooth edges
     ground, colour = (tuple(rng.integers(0, 256, 3).tolist()) for _ in range(2))
     radius, turn = scale * rng.uniform(0.2, 0.4), rng.uniform(0, 2 * math.pi)
@@ -1580,35 +1607,6 @@ def data_index(position: int, count: int, seed: int) -> int:
 def sample_rng(seed: int, position: int) -> np.random.Generator:
     """The small random choices of one sample: crop, flip, time s, class dropout."""
     return np.random.default_rng([seed, 1, position])
-
-
-def sample_noise(seed: int, positions: list[int], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal noise, float32 [len(positions), *shape], each sample's drawn on the device from its own seed."""
-    generator, noise = torch.Generator(device), torch.empty(len(positions), *shape, device=device)
-    for row, position in zip(noise, positions):
-        # odd multipliers permute the 32-bit numbers: no two samples of a run share a seed
-        row.normal_(generator=generator.manual_seed((position * 2654435761 + seed * 40503 + 12345) % 2**32))
-    return noise
-
-
-class Samples(torch.utils.data.Dataset):
-    """Sample position -> (uint8 image [3, H, W], label, position); transform(PIL image, generator) crops and flips."""
-
-    def __init__(self, data: ImageData, transform, seed: int):
-        self.data, self.transform, self.seed = data, transform, seed
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
-        index = data_index(position, len(self.data), self.seed)
-        image = self.transform(self.data.image(index), sample_rng(self.seed, position))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.data.labels[index], position
-
-
-def training_batches(samples: Samples, steps: range, batch: int, rank: int, world: int, micro: int, workers: int):
-    """Yields (images, labels, positions) in micro-batches: this rank's share of the global batch of each step."""
-    share = batch // world
-    starts = (step * batch + rank * share + i for step in steps for i in range(0, share, micro))
-    positions = (range(start, start + micro) for start in starts)
-    return iter(torch.utils.data.DataLoader(samples, batch_sampler=positions, num_workers=workers))
 
 
 class EMA:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import dar
 
-# batch, steps, learning rate, warm-up: "v1" and "lite" are the paper's (section 5, appendix III), "tiny" ours by trial.
+# "v1" and "lite" are the paper's (section 5, appendix III); "tiny" is ours, found by trials on CIFAR-10 (README).
 RECIPES = {
     "v1": dict(batch=1024, steps=210_000, lr=2e-4, warmup=5000, codebook_warmup=0, times=1, decay=0.0),
     "lite": dict(batch=256, steps=50_000, lr=2e-4, warmup=5000, codebook_warmup=0, times=1, decay=0.0),
-    "tiny": dict(batch=64, steps=4000, lr=5e-4, warmup=100, codebook_warmup=0, times=1, decay=0.0),
+    "tiny": dict(batch=32, steps=2800, lr=1.5e-3, warmup=100, codebook_warmup=200, times=2, decay=0.5),
 }
 COLUMNS = [
     "step",
@@ -121,6 +121,35 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * warm * min(1.0, (args.steps - step) / max(args.decay * args.steps, 1))
 
 
+def sample_noise(seed: int, positions: list[int], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Standard normal noise, float32 [len(positions), *shape], each sample's drawn on the device from its own seed."""
+    generator, noise = torch.Generator(device), torch.empty(len(positions), *shape, device=device)
+    for row, position in zip(noise, positions):
+        # odd multipliers permute the 32-bit numbers: no two samples of a run share a seed
+        row.normal_(generator=generator.manual_seed((position * 2654435761 + seed * 40503 + 12345) % 2**32))
+    return noise
+
+
+class Samples(torch.utils.data.Dataset):
+    """Sample position -> (uint8 image [3, H, W], label, position); transform(PIL image, generator) crops and flips."""
+
+    def __init__(self, data: dar.ImageData, transform, seed: int):
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, int, int]:
+        index = dar.data_index(position, len(self.data), self.seed)
+        image = self.transform(self.data.image(index), dar.sample_rng(self.seed, position))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.data.labels[index], position
+
+
+def training_batches(samples: Samples, steps: range, batch: int, rank: int, world: int, micro: int, workers: int):
+    """Yields (images, labels, positions) in micro-batches: this rank's share of the global batch of each step."""
+    share = batch // world
+    starts = (step * batch + rank * share + i for step in steps for i in range(0, share, micro))
+    positions = (range(start, start + micro) for start in starts)
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=positions, num_workers=workers))
+
+
 @torch.no_grad()
 def held_out(model, data: dar.ImageData, count: int, device, batch: int = 50) -> dict[str, float]:
     """PSNR (ab2, S = K, noise from the image's index) and share of the codebook seen, over the first `count` images."""
@@ -183,10 +212,8 @@ def main() -> int:
     run.restore(model, ema, optimizer)
     parallel = DistributedDataParallel(model, [device.index] if fused else None) if world > 1 else model
 
-    samples = dar.Samples(
-        data, lambda image, rng: random_crop(image, config.image_size, not args.no_flip, rng), args.seed
-    )
-    batches = dar.training_batches(samples, range(run.step, args.steps), args.batch, rank, world, micro, args.workers)
+    samples = Samples(data, lambda image, rng: random_crop(image, config.image_size, not args.no_flip, rng), args.seed)
+    batches = training_batches(samples, range(run.step, args.steps), args.batch, rank, world, micro, args.workers)
     bar = tqdm(total=args.steps, initial=run.step, disable=rank > 0, unit="step", dynamic_ncols=True)
     sums, seen, since, clock = torch.zeros(4, device=device), [], run.step, time.time()
     for step in range(run.step, args.steps):
@@ -202,9 +229,12 @@ def main() -> int:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(
+            (args.seed * 1_000_003 + step) * world + rank
+        )  # of the warm-up's noise: a resumed step repeats it
         for i, ((images, _, positions), s) in enumerate(zip(chunks, times)):
             images = dar.to_float(images.to(device))
-            noise = dar.sample_noise(args.seed, positions.tolist(), (args.times, *images.shape[1:]), device)
+            noise = sample_noise(args.seed, positions.tolist(), (args.times, *images.shape[1:]), device)
             # gradients are exchanged once a step, with the last micro-batch
             wait = parallel.no_sync() if world > 1 and i + 1 < len(chunks) else contextlib.nullcontext()
             with wait:
@@ -263,9 +293,10 @@ def draw_times(seed: int, positions, count: int, device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def start_codebook(model, samples: dar.Samples, position: int, device) -> None:
+def start_codebook(model, samples: Samples, position: int, device) -> None:
     """Ends the codebook warm-up: codes become features of coming samples, the same on every process.
 
+    During it, noise as large as the quantizer's later error makes the encoder spread its features over the sphere.
     The encoder's gates start at 0, so at first every image gives the same features; quantized from step 0, they are
     held to the few codes that they happened to be near (4% of the tiny codebook over the first 500 steps).
     """
