@@ -1138,6 +1138,18 @@ def _about(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path}: {message}") from None
 
 
+def _check_zip(path: Path) -> None:
+    """What torch.load takes on trust: that the directory points to the right entries, that they are stored as they are
+    (a mapped tensor is read where it lies, compressed or not), and that the pickle is the one that was written."""
+    with zipfile.ZipFile(path) as file:
+        for entry in file.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
+            with file.open(entry) as data:  # compares the name that stands there
+                if entry.filename.endswith("data.pkl"):
+                    data.read()  # compares its checksum
+
+
 def read_checkpoint(path: str | Path) -> dict:
     """A .pt file as a dict whose tensors are mapped, not read: what is never touched costs neither time nor memory.
 
@@ -1156,6 +1168,7 @@ def read_checkpoint(path: str | Path) -> dict:
             raise ValueError(f"not a checkpoint in torch's zip format ({hint})")
         stand_ins = [(InertObject, "argparse.Namespace"), (InertObject, "config_util.Config")]
         try:
+            _check_zip(path)
             # The stand-ins hold inside this block alone. torch's remarks on odd pickles: the error says what matters.
             with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

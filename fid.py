@@ -257,7 +257,7 @@ def precision_recall(reference_features, sample_features, k: int = 3, block: int
 def npz_trouble(path):  # whatever can be wrong with the archive becomes one ValueError that names it
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} is not a usable .npz: {e}") from e
 
 
@@ -351,7 +351,7 @@ def main():
     add("--weights", metavar="FILE", help="the Inception weights (default: downloaded once)")
     add("--batch-size", type=int, default=64, help="images at once, in each process (default: 64)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: the fastest there is")
-    add("--half", action="store_true", help="run the network in float16 (CUDA only)")
+    add("--half", action="store_true", help="run the network in float16 (CUDA only); moves features by 1e-3")
     add("--save-stats", metavar="FILE", help="write REFERENCE's statistics to this .npz; then SAMPLES may be left out")
     add("--json", action="store_true", help="print one JSON object instead of the five lines")
     args = parser.parse_args()

@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=16, help="pictures drawn at once (default: 16)")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (default: float32)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--save-bundle", metavar="FILE", help="write model and tokenizer into one file of our format, and stop")
+    add("--save-bundle", metavar="FILE", help="write model and tokenizer into one file, in --dtype, and stop")
     return parser.parse_args()
 
 
@@ -106,7 +106,7 @@ def labelled_grid(images: torch.Tensor, labels: list[str], columns: int) -> Imag
 
 
 def load(args: argparse.Namespace, device: torch.device) -> dar.ARTransformer:
-    dtype = DTYPES[args.dtype]
+    dtype = None if args.save_bundle else DTYPES[args.dtype]
     if dtype == torch.float16 and device.type == "cpu":
         raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
     if args.ckpt == str(SHIPPED) and not SHIPPED.exists():
@@ -128,7 +128,7 @@ def main() -> None:
         raise ValueError(f"--out {out}: expected a picture's name, such as samples.png, in a folder that exists")
     ar = load(args, device)
     if args.save_bundle:
-        dar.save_checkpoint(args.save_bundle, ar)
+        dar.save_checkpoint(args.save_bundle, ar, dtype=DTYPES[args.dtype])
         print(f"wrote {args.save_bundle}")
         return
     names = class_names(ar)
@@ -146,7 +146,7 @@ def main() -> None:
             bar.update(len(batch) * ar.tokenizer.config.group_size)
         images.append(shown.x.cpu())
     bar.close()
-    columns = min(args.num, len(classes) if args.classes else 8, 10)
+    columns = len(classes) if len(classes) <= 10 and args.num % len(classes) == 0 else min(args.num, 8)
     labelled_grid(torch.cat(images), [names[i] for i in labels], columns).save(out)
     print(f"{args.num} pictures in {out}")
 

@@ -168,17 +168,19 @@ def test_a_weights_file_that_is_none_is_refused_in_one_line(state, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_download_is_verified_and_its_failure_says_what_to_do(state, monkeypatch):
+def test_the_download_is_verified_and_its_failure_says_what_to_do(state, monkeypatch, capsys):
     asked = {}
 
     def download(url, **options):
         asked.update(options, url=url)
+        print("Downloading")  # as torch.hub does
         return state
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
     fid.load_inception()
     assert asked["url"].endswith("pt_inception-2015-12-05-6726825d.pth")
     assert asked["check_hash"] is True and asked["weights_only"] is True
+    assert capsys.readouterr().out == ""  # the numbers stay alone there, for scripts
 
     def fail(*args, **options):
         raise urllib.error.URLError("no route to host")
@@ -205,9 +207,10 @@ def test_every_number_is_adms(adm):
 
 
 @pytest.mark.parametrize("block", [37, 256, 2048])
-@pytest.mark.parametrize("offset", [0, 1000])  # far from the origin |a|^2 + |b|^2 - 2ab cancels most of its digits
-def test_precision_and_recall_are_exact_for_float32_features(adm, offset, block):
-    reference, samples = (torch.from_numpy(adm[key] + offset).float() for key in ("ref_pool", "sample_pool"))
+@pytest.mark.parametrize("dtype, offset", [(torch.float32, 0), (torch.float32, 1000), (torch.float64, 1e6)])
+def test_precision_and_recall_are_exact(adm, dtype, offset, block):
+    # Far from the origin |a|^2 + |b|^2 - 2ab cancels most of its digits.
+    reference, samples = (torch.from_numpy(adm[key] + offset).to(dtype) for key in ("ref_pool", "sample_pool"))
     expected = (float(adm["precision_float64"]), float(adm["recall_float64"]))
     assert fid.precision_recall(reference, samples, block=block) == pytest.approx(expected, abs=1e-6)
 
@@ -221,25 +224,31 @@ def test_precision_and_recall_of_equal_disjoint_and_half_overlapping_sets():
     assert fid.precision_recall(a, torch.cat([a, b, c[:25]])) == (50 / 125, 1)
 
 
-def test_the_ball_ends_at_the_third_neighbour_and_includes_its_edge():
-    reference = torch.tensor([[0.0], [1], [2], [4], [100], [101], [102], [104]])
-    sample = torch.tensor([[0.0 - 4], [-1004], [1004], [2004]])
-    assert fid.precision_recall(reference, sample)[0] == 0.25  # 0's third neighbour is 4 away: so is -4
-    assert fid.precision_recall(reference, sample - 0.01)[0] == 0
+def test_the_ball_ends_at_the_third_neighbour():
+    reference = torch.tensor([[0.0], [1], [2], [4], [100], [101], [102], [104]], dtype=torch.float64)
+    sample = torch.tensor([[-4.0], [-1004], [1004], [2004]], dtype=torch.float64)  # 0's third neighbour is 4 away too
+    assert fid.precision_recall(reference, sample)[0] == 0.25  # the edge is part of the ball
+    assert fid.precision_recall(reference, sample * (1 - 1e-9))[0] == 0.25
+    assert fid.precision_recall(reference, sample * (1 + 1e-9))[0] == 0
     assert fid.precision_recall(reference, sample, k=2)[0] == 0
 
 
-def test_copies_of_one_image_lie_in_each_others_balls_of_radius_0():
-    x = torch.randn(1, 2048, dtype=torch.float64).expand(20, -1) + 100
-    other = torch.randn(30, 2048, dtype=torch.float64) + 100
-    assert fid.precision_recall(torch.cat([other, x]), x, block=16)[0] == 1
-    assert fid.precision_recall(x, x[:7]) == (1, 1)
+@pytest.mark.parametrize("copies, others, block", [(20, 30, 16), (7, 77, 64), (9, 64, 7), (100, 3, 2048)])
+def test_copies_of_one_image_lie_in_each_others_balls_of_radius_0(copies, others, block):
+    for _ in range(12):  # rounding to either side of 0
+        x = torch.randn(1, 2048, dtype=torch.float64).expand(copies, -1) + 100
+        other = torch.randn(others, 2048, dtype=torch.float64) + 100
+        assert fid.precision_recall(torch.cat([other, x]), x[:4], block=block)[0] == 1
+        assert fid.precision_recall(x, x[:4], block=block) == (1, 1)
 
 
 def test_fid_of_a_set_with_itself_is_0_with_fewer_images_than_dimensions():
     features = torch.randn(300, 2048) * torch.logspace(1, -2, 2048)
     mean, sigma = covariance(features)
     assert fid.frechet_distance(mean, sigma, mean, sigma) < 1e-6
+    for _ in range(20):  # rounding to either side of 0
+        mean, sigma = covariance(torch.randn(20, 30))
+        assert 0 <= fid.frechet_distance(mean, sigma, mean, sigma) < 1e-10
 
 
 @pytest.mark.parametrize("rank", [40, 150, 200])  # of 200 dimensions: disjoint, overlapping and full supports

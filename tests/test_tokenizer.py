@@ -334,6 +334,12 @@ def test_a_group_without_a_step_leaves_the_preview_before_it(small_tokenizer):
     assert_close(two_groups, small_tokenizer.previews(codes, noise, num_steps=4)[0])
 
 
+def test_a_group_with_several_steps_decodes_to_the_preview_of_its_last(small_tokenizer):
+    codes, noise = codes_of(), torch.randn(2, 3, 32, 32)
+    two_groups = small_tokenizer.decode(codes[:, :8], noise, num_steps=24)  # three steps for each group
+    assert_close(two_groups, small_tokenizer.previews(codes, noise, num_steps=24)[5])
+
+
 def test_denoise_hands_out_pictures_as_groups_come_in(small_tokenizer):
     codes, noise, asked = codes_of(), torch.randn(2, 3, 32, 32), []
     groups = (asked.append(k) or codes[:, 4 * k : 4 * k + 4] for k in range(8))
@@ -375,11 +381,13 @@ def test_a_picture_does_not_depend_on_its_batch(small_tokenizer):
         assert_close(small_tokenizer.decode(codes[i : i + 1], noise[i : i + 1]), together[i : i + 1])
 
 
-def test_encoding_and_decoding_leave_no_autograd_graph(small_tokenizer):
-    codes = small_tokenizer.encode(images_of())
-    assert not codes.requires_grad
-    assert not small_tokenizer.decode(codes).requires_grad and not small_tokenizer.previews(codes).requires_grad
-    assert small_tokenizer.condition(codes).requires_grad  # the causal decoder itself trains
+def test_encoding_and_decoding_build_no_autograd_graph(small_tokenizer):
+    images, kept = images_of(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(1), lambda x: x):
+        codes = small_tokenizer.encode(images)
+        assert not small_tokenizer.decode(codes).requires_grad and not small_tokenizer.previews(codes).requires_grad
+        assert not kept
+        assert small_tokenizer.condition(codes).requires_grad and kept  # the causal decoder itself can be trained
 
 
 # Training
@@ -459,6 +467,20 @@ def test_the_encoder_learns_from_the_velocity_through_the_quantizer(make_tokeniz
     assert tokenizer.patchify.weight.grad.any() and tokenizer.query_embedding.weight.grad[:20].any()
     assert not tokenizer.query_embedding.weight.grad[24:].any()  # tokens behind group 5 could not matter
     assert tokenizer.quantize.embedding.weight.grad is None
+
+
+def test_before_there_is_a_codebook_the_features_go_on_with_noise(make_tokenizer, monkeypatch):
+    tokenizer, images, passed = make_tokenizer(), images_of(), []
+    causal_decoder = tokenizer.causal_decoder
+    monkeypatch.setattr(tokenizer, "causal_decoder", lambda z: passed.append(z) or causal_decoder(z))
+    out = tokenizer(images, s=torch.tensor([0.4, 0.7]), quantized=False)
+    f = torch.nn.functional.normalize(tokenizer.features(images), dim=-1)
+    assert_close(passed[0].norm(dim=-1), torch.ones(2, 32))
+    assert 0.1 < (passed[0] - f).norm(dim=-1).mean() < 1
+    assert torch.equal(out["codes"], tokenizer.encode(images))
+    assert out["vq"] == out["commit"] == 0
+    out["fm"].backward()
+    assert tokenizer.patchify.weight.grad.any() and tokenizer.quantize.embedding.weight.grad is None
 
 
 def test_recomputing_activations_changes_no_gradient(make_tokenizer):
