@@ -10,9 +10,10 @@ arXiv 2505.23660), from the time schedule to the training loop's plumbing, in th
     3  Attention          rope_1d, rope_2d, Attention, GatedBlock      section 4, appendix I "Transformer architecture"
     4  Diffusion decoder  DiffusionBlock, DiffusionDecoder             eq. 2, Fig. 4, section 4
     5  Tokenizer          SequentialDiffusionTokenizer, presets        Fig. 4, eq. 1, 2 and 7, Tables 1, 6, 7
+                          denoise, decode, previews                    section 3.3, section 5.1, Fig. 5, Table 5
     6  Llama              ARTransformer, presets                       section 3.2 (eq. 6), section 4 "AR models"
     7  Generation         ARTransformer.generate, guidance_schedule    section 5, Table 4
-    8  Streaming          denoise, stream                              Fig. 1, section 3.3, Fig. 5, Table 5
+    8  Streaming          stream                                       Fig. 1, section 3.3 "Streaming pixel decoding"
     9  Checkpoints        load_tokenizer, load_ar, save_checkpoint     (the authors' released files, and ours)
     10 Plumbing           what both trainings and the scripts share    section 5 "Experimental Setup"
 
@@ -685,7 +686,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         """
         c, dtype = self.config, self.quant_out.weight.dtype
         self._check_size(noise, "noise", c.diffusion_patch)
-        schedule = sampling_schedule(num_steps or c.num_steps or c.num_groups, c.num_groups, c.time_shift, c.group_rule)
+        num_steps = (c.num_steps or c.num_groups) if num_steps is None else num_steps
+        schedule = sampling_schedule(num_steps, c.num_groups, c.time_shift, c.group_rule)
         heads = c.decoder_width // HEAD_DIM
         caches = [KVCache(len(noise), heads, c.num_tokens, noise.device, dtype) for _ in self.decoder_layers]
         x, v_prev = noise.float(), None
@@ -707,6 +709,7 @@ class SequentialDiffusionTokenizer(nn.Module):
 
         noise is x0 [B, 3, H, W] and sets the size; drawn at config.image_size if None. num_steps S: config's if None.
         Fewer than N codes, whole groups, give the partial decoding of section 5.1: the last preview that they allow.
+        (Table 5 was probably made with the authors' variant, whose last jump has ab2's weights; ours has Euler's.)
         Raises ValueError if n is no multiple of N/K or a code or size does not fit.
         """
         preview = None  # never stays None: step 0 uses group 0
