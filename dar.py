@@ -21,11 +21,13 @@ Names are the paper's: x0 is noise, x1 the image, t = 0 noise and t = 1 data; N 
 B is the batch, C a width, P the number of patches, V the codebook size.
 """
 
+import argparse
 import contextlib
 import copy
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import math
 import os
@@ -33,6 +35,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import typing
 import warnings
 import zipfile
@@ -46,6 +49,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
+from tqdm import tqdm
 
 HEAD_DIM = 64  # every attention of both models has heads of 64
 EPS = 1e-6  # of every LayerNorm
@@ -556,9 +560,6 @@ TOKENIZER_PRESETS = {
 }
 
 
-WARMUP_NOISE = 0.18  # a standard deviation: about 0.5 in 8 dimensions, how far 1024 spread codes are from a feature
-
-
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def encoder_mask(num_patches: int, num_queries: int, device: torch.device) -> Tensor:
@@ -618,13 +619,13 @@ class SequentialDiffusionTokenizer(nn.Module):
         return normalize(run_blocks(self.decoder_layers, x, self.recompute, caches=caches, causal=True))
 
     def forward(
-        self, images: Tensor, s: Tensor | None = None, noise: Tensor | None = None, quantized: bool = True
+        self, images: Tensor, s: Tensor | None = None, noise: Tensor | None = None, code_noise: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The training step of section 4: encode, quantize, draw a time, denoise with that time's group of z'.
 
         images: float [B, 3, H, W] in [-1, 1]. s: uniform times in [0, 1], [B], or [B, R] for R times for each image
         that is encoded once; drawn if None. noise: x0, [B, 3, H, W] or [B, R, 3, H, W]; drawn if None.
-        quantized: False passes the normalised features on with noise instead (train_tokenizer.py, codebook warm-up).
+        code_noise: [B, N, D], added to the normalised features in place of quantization (codebook warm-up).
         Returns the scalars "fm" (eq. 2, over data_scale²), "vq" and "commit" (appendix I, 0.25 included) and "kept",
         the number of tokens these two are means over; "codes" [B, N]; "pred_image" (jump estimates [B·R, 3, H, W], not
         clamped, for LPIPS); and "repa" ([B·R, g·g, 768]) if there is a head. Summing them, eq. 7, is the script's.
@@ -642,9 +643,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         keep = torch.arange(c.num_tokens, device=images.device) < used  # [B, N]
         f = self.features(images)
         z, codes, vq, commit = self.quantize(f, keep)
-        if not quantized:
-            f = F.normalize(f.float(), dim=-1)
-            z, vq, commit = F.normalize(f + WARMUP_NOISE * torch.randn_like(f), dim=-1), 0 * vq, 0 * commit
+        if code_noise is not None:
+            z, vq, commit = F.normalize(F.normalize(f.float(), dim=-1) + code_noise, dim=-1), 0 * vq, 0 * commit
 
         groups = self.causal_decoder(z).unflatten(1, (c.num_groups, c.group_size))  # [B, K, N/K, C]
         condition = groups[torch.arange(batch, device=s.device)[:, None], group].flatten(0, 1)  # [B·R, N/K, C]
@@ -1429,16 +1429,19 @@ def _assign(model_class, config, state: dict, device: torch.device, dtype: torch
 
 
 def command_line(main) -> None:
-    """Runs a script's main(): a user's mistake ends in one line and exit code 2, Ctrl-C in 130; no traceback."""
+    """Runs a script's main(). Exit codes: what it returns; 2 with one line for a user's mistake; 3 for a training that
+    is not finite any more; 130 for Ctrl-C. No traceback for any of them."""
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(3 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def pick_device(name: str) -> torch.device:
@@ -1458,21 +1461,48 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def init_distributed(device: torch.device) -> tuple[int, int, torch.device]:
-    """(rank, world size, this process's device) from torchrun's environment; (0, 1, device) without it."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return torch.distributed.get_rank(), world, device
+class Processes(typing.NamedTuple):
+    """The processes that work together, each with its device: those of torchrun, or this one alone."""
 
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0  # among the processes of this machine
 
-def end_distributed() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    @classmethod
+    def start(cls, device: torch.device) -> "Processes":
+        """Joins the others if torchrun's environment says that there are any; each then has a GPU of its own."""
+        rank, world, local_rank = (
+            int(os.environ.get(k, v)) for k, v in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items()
+        )
+        if world > 1:
+            if device.type == "cuda":
+                device = torch.device("cuda", local_rank)
+                torch.cuda.set_device(device)
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(device, rank, world, local_rank)
+
+    def reduce(self, value: Tensor, operation: str = "SUM") -> Tensor:
+        """The SUM, MAX or MIN of value over all processes."""
+        if self.world == 1:
+            return value
+        there = value.detach().to(self.device, copy=True)
+        torch.distributed.all_reduce(there, getattr(torch.distributed.ReduceOp, operation))
+        return there.to(value.device)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def in_turn(self, action):
+        """action() of the first process, then of the first on each other machine, then of the rest: what the first
+        ones download or list, the others find."""
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        for i in range(3):
+            if i == turn:
+                result = action()
+            self.barrier()
+        return result
 
 
 # Pictures
@@ -1541,51 +1571,86 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 SHAPES = {"circle": (48, 1.0), "triangle": (3, 1.0), "square": (4, 1.0), "star": (10, 0.45), "gear": (24, 0.75)}
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The image files below a folder, sorted. FileNotFoundError without the folder, ValueError without images."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def list_images(folder: str | Path) -> list[str]:
+    """The image files below a folder, sorted, relative to it. FileNotFoundError without the folder, ValueError without
+    images."""
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    found = sorted(Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    found = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    start, found = len(os.path.join(folder, "")), []
+    for root, _, names in os.walk(folder, followlinks=True):
+        found += [os.path.join(root, name)[start:] for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not found:
         raise ValueError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+    return sorted(found)
 
 
 class ImageData:
     """Labelled images: a folder with one sub-folder a class, or the word "shapes", drawn by Pillow from the index.
 
-    Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to train on.
+    listing: a file that keeps the list of images, so that 1.3 million files are listed once in a training, not at every
+    start. Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to train on.
     """
 
-    def __init__(self, source: str, size: int, held_out: bool = False):
+    def __init__(self, source: str, size: int, held_out: bool = False, listing: Path | None = None):
         self.source, self.size, self.held_out, self.kept = source, size, held_out, {}
         if source == "shapes":
-            self.paths, self.class_names = None, list(SHAPES)
-            self.labels = [i % len(SHAPES) for i in range(1000 if held_out else 10000)]
-            return
-        self.paths = list_images(source)
-        classes = [path.relative_to(source).parts[0] if path.parent != Path(source) else None for path in self.paths]
-        if None in classes:
-            raise ValueError(f"{self.paths[classes.index(None)]}: expected one sub-folder for each class in {source}")
-        self.class_names = sorted(set(classes))
-        number = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = [number[name] for name in classes]
+            self.names, self.class_names = None, list(SHAPES)
+            self.labels = np.arange(1000 if held_out else 10000) % len(SHAPES)
+            self.digest = source
+        else:
+            if listing is not None and listing.exists():
+                names = listing.read_bytes().split(b"\0")
+            else:
+                names = [os.fsencode(name) for name in list_images(source)]
+                if listing is not None:
+                    listing.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(listing, lambda file: file.write(b"\0".join(names)))
+            self.digest = hashlib.sha256(b"\0".join(names)).hexdigest()[:16]
+            flat = next((name for name in names if b"/" not in name), None)
+            if flat is not None:
+                raise ValueError(f"{source}/{os.fsdecode(flat)}: expected one sub-folder for each class in {source}")
+            classes = [os.fsdecode(name.split(b"/")[0]) for name in names]
+            self.class_names = sorted(set(classes))
+            number = {name: i for i, name in enumerate(self.class_names)}
+            self.labels = np.array([number[name] for name in classes])
+            self.names = np.array(names)  # one array, which worker processes share, instead of a million objects
+        self.unreadable = torch.zeros(len(self.labels), dtype=torch.uint8)  # 1 where a file turned out to be corrupt
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
-        """Image `index` in RGB. Small ones stay in memory once decoded (CIFAR-10: 150 MB)."""
-        if self.paths is None:
+        """Image `index` in RGB. Small ones stay in memory once decoded (CIFAR-10: 150 MB). ValueError if corrupt."""
+        if self.names is None:
             return draw_shape(index + 10**6 * self.held_out, self.size)
         if index not in self.kept:
-            image = load_rgb(self.paths[index])
+            image = load_rgb(os.path.join(self.source, os.fsdecode(self.names[index])))
             if max(image.size) > 64:
                 return image
             self.kept[index] = image
         return self.kept[index]
+
+    def next_readable(self, index: int) -> tuple[Image.Image, int]:
+        """The first image from `index` on that can be read, and its index; files that are skipped are warned about."""
+        for i in range(len(self)):
+            try:
+                found = (index + i) % len(self)
+                return self.image(found), found
+            except ValueError as error:
+                print(f"warning: {error}; the next image takes its place", file=sys.stderr)
+        raise ValueError(f"{self.source}: not one of its {len(self)} images can be read")
+
+    def centred(self, indices: Iterable[int]) -> Tensor:
+        """The centre crops of images, float32 [n, 3, size, size] in [-1, 1]."""
+        crops = [np.array(center_crop(self.next_readable(int(i))[0], self.size)) for i in indices]
+        return to_float(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
+
+    def refuse_if_corrupt(self) -> None:
+        """Raises ValueError if more than 1% of the files turned out to be unreadable: that is no accident any more."""
+        bad = self.unreadable.nonzero().flatten().tolist()
+        if len(bad) > 0.01 * len(self):
+            first = os.fsdecode(self.names[bad[0]])
+            raise ValueError(f"{self.source}: {len(bad)} of {len(self)} images are unreadable, over 1% (as {first})")
 
 
 def draw_shape(index: int, size: int) -> Image.Image:
@@ -1625,6 +1690,32 @@ def sample_rng(seed: int, position: int) -> np.random.Generator:
     return np.random.default_rng([seed, 1, position])
 
 
+class Samples(torch.utils.data.Dataset):
+    """Sample position -> (uint8 image [3, H, W], label, position, files skipped before it because they are corrupt).
+
+    transform(PIL image, numpy generator) crops and flips; its generator is the sample's own.
+    """
+
+    def __init__(self, data: ImageData, transform, seed: int):
+        self.data, self.transform, self.seed = data, transform, seed
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int, int]:
+        index = data_index(position, len(self.data), self.seed)
+        image, found = self.data.next_readable(index)
+        pixels = np.array(self.transform(image, sample_rng(self.seed, position)))
+        return (
+            torch.from_numpy(pixels).permute(2, 0, 1),
+            self.data.labels[found],
+            position,
+            (found - index) % len(self.data),
+        )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class EMA:
     """Exponential moving average of a model's parameters, kept as a second model in eval mode (float32).
 
@@ -1642,31 +1733,298 @@ class EMA:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
-class TrainingRun:
-    """The folder of a training: last.pt, the one before it, log.csv and pictures; resuming; stopping when told to.
+class LossScaler:
+    """float16 rounds gradients below 6e-8 to nothing, so the loss is multiplied by `scale` before the backward pass and
+    the gradients are divided by it after. A step whose gradients overflowed is skipped and the scale halved; after 2000
+    good ones in a row it doubles. With other precisions the scale is 1 and every step is taken."""
 
-    settings: {what: value} that must not change within a run (model, data, seed). columns: of log.csv. Raises
-    ValueError, naming the difference, if the folder holds a run with other settings.
+    def __init__(self, enabled: bool):
+        self.enabled, self.scale, self.good, self.skipped = enabled, 65536.0 if enabled else 1.0, 0, 0
+
+    def takes(self, norm: float) -> bool:
+        """Whether the step with this gradient norm is taken; adapts the scale."""
+        if not self.enabled:
+            return True
+        if not math.isfinite(norm):
+            self.scale, self.good, self.skipped = self.scale / 2, 0, self.skipped + 1
+            return False
+        self.good += 1
+        if self.good % 2000 == 0:
+            self.scale *= 2
+        return True
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
+    """The command line that both trainings share; a value of None is filled in from the preset's recipe."""
+    add = parser.add_argument
+    add("--data", help="folder with one sub-folder of images a class, or the word 'shapes'")
+    add("--val", help="the same, held out: measured every --picture-every steps")
+    add("--out", help="folder of the run; an existing run there is continued")
+    add("--preset", default="tiny", choices=presets, help="model and recipe (default: tiny)")
+    add("--steps", type=int, help="optimisation steps (default: the preset's)")
+    add("--batch", type=int, help="images a step, over all processes (default: the preset's)")
+    add("--micro-batch", type=int, help="images that one process takes at once; the rest is accumulated (default: all)")
+    add("--lr", type=float, help="learning rate (default: the preset's)")
+    add("--warmup", type=int, help="steps over which the rate rises from 0 (default: the preset's)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
+    add("--seed", type=int, default=0)
+    choices = ["auto", "float32", "bfloat16", "float16"]
+    add("--precision", default="auto", choices=choices, help="of products; auto: bfloat16 where it is fast")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--checkpoint-blocks", action="store_true", help="recompute activations in backward: less memory, more time")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--workers", type=int, help="processes that decode images (default: up to 8; 0 for images under 64 pixels)")
+    add("--log-every", type=int, default=50)
+    add("--picture-every", type=int, default=500)
+    add("--save-every", type=int, default=500)
+    add("--keep-every", type=int, default=0, help="keep a checkpoint every so many steps, step-N.pt (default: none)")
+    add("--resume", default="auto", choices=["auto", "never"], help="go on with the run in --out if there is one")
+
+
+def check_training_arguments(args: argparse.Namespace, recipe: dict) -> None:
+    """Fills in the recipe. Raises ValueError, naming the argument, for a value that cannot be."""
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("data", "out"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing; --help lists all arguments")
+    counts = {"steps": 1, "batch": 1, "micro_batch": 1, "log_every": 1, "picture_every": 1, "save_every": 1}
+    for name, least in (
+        counts | {"keep_every": 0, "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "clip": 1e-9}
+    ).items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+
+
+class TrainingRun:
+    """A training: its folder (last.pt, the one before, log.csv, pictures), its optimisation step, resuming, stopping.
+
+    settings: {what: value} that must not change within a run (model, data, seed); terms: names of the loss terms. The
+    rest is read from the shared arguments. Raises ValueError, naming the difference, if the folder holds another run.
     """
 
-    def __init__(self, folder: str | Path, settings: dict, columns: list[str], resume: bool = True, main: bool = True):
-        self.folder, self.settings, self.columns, self.main = Path(folder), settings, columns, main
-        self.checkpoint = self._newest() if resume else None
-        self.step = 0 if self.checkpoint is None else self.checkpoint["training"]["step"]
-        self.signal = 0
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        processes: Processes,
+        model: nn.Module,
+        ema: EMA | None,
+        optimizer: torch.optim.Optimizer,
+        settings: dict,
+        terms: list[str],
+        columns: list[str],
+    ):
+        self.args, self.processes, self.folder = args, processes, Path(args.out)
+        self.model, self.ema, self.optimizer = model, ema, optimizer
+        self.settings = {"seed": args.seed, "batch": args.batch} | settings
+        self.terms = ["loss", *terms]
+        self.columns = ["step", *self.terms, "lr", "grad_norm", "images_per_s", "memory_mb", "unreadable", "skipped"]
+        self.columns += columns
+        share, rest = divmod(args.batch, processes.world)
+        if rest:
+            raise ValueError(f"--batch {args.batch} cannot be shared equally by {processes.world} processes")
+        self.share, self.micro = share, args.micro_batch or share
+        if share % self.micro:
+            raise ValueError(f"--micro-batch {self.micro} does not divide the {share} images of one process")
+        device, precision = processes.device, args.precision
+        if precision == "auto":
+            precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+        self.dtype, self.scaler = getattr(torch, precision), LossScaler(precision == "float16")
+        if device.type == "cpu":
+            torch.backends.cuda.enable_flash_sdp(False)  # also the CPU's switch; a tiny step takes 15% less without it
+
+        self.step = 0
+        self.received = self.signal = 0  # a signal that reached this process; the one that all have agreed to stop for
+        self.sums = torch.zeros(len(self.terms) + 1, dtype=torch.float64)  # of the terms and the gradient norm
+        self.since, self.clock = (
+            0,
+            (0, time.time()),
+        )  # step of the last row; step and time of the last look at the clock
+        if args.resume == "auto":
+            self._restore()
+            self.clock = (self.step, time.time())
+        if processes.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob("*.tmp"):  # of a process that was killed while it saved
+                left_over.unlink()
+            self._cut_log()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember_signal)
-        if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._cut_log()
 
-    def _remember_signal(self, number, frame) -> None:
-        if self.signal == number == signal.SIGINT:  # a second Ctrl-C does not wait for the step to end
-            raise KeyboardInterrupt
-        self.signal = number
+        # What training calls: the model, compiled perhaps, in DDP perhaps. Only a call of the wrapper itself, not of a
+        # method of what it wraps, makes DDP exchange gradients.
+        for part in model.modules():
+            if hasattr(part, "recompute"):
+                part.recompute = args.checkpoint_blocks
+        self.parallel = torch.compile(model) if args.compile else model
+        if processes.world > 1:
+            devices = [device.index] if device.type == "cuda" else None
+            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, devices, gradient_as_bucket_view=True)
 
-    def _newest(self) -> dict | None:
-        """last.pt, or previous.pt if that is not whole; None in a new folder."""
+    # The loop
+
+    def steps(self) -> Iterator[int]:
+        """Counts the steps from where the run stands; after each one it saves where that is due, and at a signal."""
+        args = self.args
+        with tqdm(total=args.steps, initial=self.step, disable=self.processes.rank > 0, unit="step") as self.bar:
+            while self.step < args.steps and not self.signal:
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                if self.step % args.save_every == 0 or self.step == args.steps or self.signal:
+                    self.save()
+        self.processes.barrier()  # nobody leaves while the first process may still be saving
+        if self.signal and self.processes.rank == 0:
+            print(f"stopped after step {self.step}, saved; the same command goes on", file=sys.stderr)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 128 + the signal that stopped the run after it was saved."""
+        return 128 + self.signal if self.signal else 0
+
+    def batches(self, samples: Samples) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
+        """Yields each step's micro-batches, (uint8 images, labels, positions), of this process's share of the batch."""
+        args, p = self.args, self.processes
+        first = (step * args.batch + p.rank * self.share for step in range(self.step, args.steps))
+        positions = (range(f + i, f + i + self.micro) for f in first for i in range(0, self.share, self.micro))
+        workers = args.workers
+        if workers is None:
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            workers = 0 if samples.data.size < 64 else min(8, (os.cpu_count() or 1) // here)
+        loader = iter(
+            torch.utils.data.DataLoader(
+                samples,
+                batch_sampler=positions,
+                num_workers=workers,
+                worker_init_fn=_leave_signals_to_the_parent,
+                pin_memory=p.device.type == "cuda",
+            )
+        )
+        self.data = samples.data
+        for _ in range(self.step, args.steps):
+            chunks = [next(loader) for _ in range(self.share // self.micro)]
+            for _, _, places, skipped in chunks:
+                for position, count in zip(places[skipped > 0].tolist(), skipped[skipped > 0].tolist()):
+                    index = data_index(position, len(samples.data), samples.seed)
+                    for i in range(index, index + count):
+                        samples.data.unreadable[i % len(samples.data)] = 1
+            yield [
+                (images.to(p.device, non_blocking=True), labels.to(p.device), places)
+                for images, labels, places, _ in chunks
+            ]
+
+    def optimise(self, losses, chunks: list, rate: float) -> None:
+        """One step at learning rate `rate`: gradients over the chunks (micro-batches), clipped, averaged into EMA.
+
+        losses(chunk) returns {term: scalar}, which sum to the loss, and over chunks and processes (as a mean) to the
+        batch's. Raises FloatingPointError, naming step and cause, before anything that is not finite can reach weights.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = torch.zeros(len(self.terms), device=self.processes.device)
+        for i, chunk in enumerate(chunks):
+            last = i + 1 == len(chunks)  # gradients are exchanged once a step, with the last micro-batch
+            with contextlib.nullcontext() if last or self.processes.world == 1 else self.parallel.no_sync():
+                with torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    found = losses(chunk)
+                loss = sum(found.values())
+                (self.scaler.scale * loss).backward()
+            totals += torch.stack([loss, *(found[name] for name in self.terms[1:])]).detach().float()
+        if self.scaler.enabled:
+            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.scaler.scale)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+
+        # One message a step, the same for all: has a signal come, is a term not finite, is the gradient?
+        found = torch.stack((torch.full_like(norm, self.received), ~totals[0].isfinite(), ~norm.isfinite()))
+        self.signal, bad_loss, bad_norm = (int(flag) for flag in self.processes.reduce(found, "MAX").tolist())
+        norm = norm.item()
+        if bad_loss or bad_norm and (not self.scaler.enabled or self.scaler.scale < 1e-3):
+            values = (self.processes.reduce(totals) / self.processes.world).tolist()
+            what = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
+            raise FloatingPointError(
+                f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g}); {self.folder} holds checkpoints "
+                "from before it. A lower --lr, a longer --warmup or another --precision may help"
+            )
+        if self.scaler.takes(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update(self.model)
+            self.sums[-1] += norm
+        self.sums[:-1] += totals.double().cpu()
+        self.rate = rate
+
+    # The log
+
+    def due(self, every: int) -> bool:
+        """Whether the step that is being finished is one of every `every`, or the last."""
+        return (self.step + 1) % every == 0 or self.step + 1 == self.args.steps
+
+    def row(self) -> dict | None:
+        """A row of log.csv, means over the steps since the one before, if one is due or a picture is; else None."""
+        if not self.due(self.args.log_every) and not self.due(self.args.picture_every):
+            return None
+        p, done, (before, since) = self.processes, self.step + 1, self.clock
+        means = p.reduce(self.sums) / p.world / (done - self.since)
+        row = {"step": done} | dict(zip([*self.terms, "grad_norm"], means.tolist())) | {"lr": self.rate}
+        row["images_per_s"] = self.args.batch * (done - before) / (time.time() - since)
+        row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if p.device.type == "cuda" else _peak_memory_mb()
+        row["skipped"] = self.scaler.skipped  # steps, so far, whose float16 gradients overflowed
+        data = getattr(self, "data", None)
+        if data is not None:
+            data.unreadable = p.reduce(data.unreadable, "MAX")
+            row["unreadable"] = int(data.unreadable.sum())
+            data.refuse_if_corrupt()
+        self.sums.zero_()
+        self.since, self.clock = done, (done, time.time())
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
+        return row
+
+    def log(self, row: dict) -> None:
+        """Appends a row to log.csv; columns without a value stay empty."""
+        if self.processes.rank == 0:
+            row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            with open(self.folder / "log.csv", "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        self.clock = (self.step + 1, time.time())  # pictures and measurements do not count as training
+
+    def _cut_log(self) -> None:
+        """log.csv goes back to the checkpoint's step: what was logged after it will happen again."""
+        path, rows = self.folder / "log.csv", []
+        if self.step and path.exists():
+            with open(path, newline="", errors="replace") as file:
+                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
+            rows = [row for row in rows if int(row["step"]) <= self.step]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+    # Saving and resuming
+
+    def save(self) -> None:
+        """Writes last.pt; the one before becomes previous.pt, and every --keep-every steps one stays as step-N.pt.
+
+        last.pt is whole at every moment: the new file is complete before it takes the place of the old one.
+        """
+        sums = self.processes.reduce(self.sums) / self.processes.world
+        if self.processes.rank == 0:
+            training = {"step": self.step, "settings": self.settings, "optimizer": self.optimizer.state_dict()}
+            training |= {"ema_updates": self.ema.updates if self.ema else 0, "scaler": vars(self.scaler)}
+            training |= {"sums": sums, "since": self.since}
+            new, last = self.folder / "new.pt", self.folder / "last.pt"
+            save_checkpoint(new, self.model, self.ema.model if self.ema else None, training)
+            if last.exists():
+                _second_name(last, self.folder / "previous.pt")
+            os.replace(new, last)
+            if self.args.keep_every and self.step % self.args.keep_every == 0:
+                _second_name(last, self.folder / f"step-{self.step}.pt")
+
+    def _restore(self) -> None:
+        """Goes on from last.pt, or from previous.pt if that is not whole, bit for bit; nothing in a new folder."""
         problems = []
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             if not path.exists():
@@ -1676,68 +2034,42 @@ class TrainingRun:
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            before = checkpoint.get("training", {}).get("settings", {})
+            training = checkpoint.get("training", {})
+            before = training.get("settings", {})
             changed = [f"{k} was {before.get(k)}, is {v}" for k, v in self.settings.items() if before.get(k) != v]
             if changed:
-                raise ValueError(f"{path}: another run ({'; '.join(changed)}); choose another --out, or --resume never")
-            return checkpoint
+                raise ValueError(
+                    f"{path}: another run ({'; '.join(changed[:6])}); choose another --out, or --resume never"
+                )
+            self.model.load_state_dict(checkpoint["model"])
+            if self.ema is not None:
+                self.ema.model.load_state_dict(checkpoint["ema"])
+                self.ema.updates = training["ema_updates"]
+            self.optimizer.load_state_dict(training["optimizer"])
+            vars(self.scaler).update(training["scaler"] | {"enabled": self.scaler.enabled})
+            self.step, self.sums, self.since = training["step"], training["sums"].clone(), training["since"]
+            return
         if problems:
             raise ValueError("; ".join(problems))
-        return None
 
-    def _cut_log(self) -> None:
-        """log.csv goes back to the checkpoint's step: what was logged after it will happen again."""
-        path, rows = self.folder / "log.csv", []
-        if self.step and path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
-            rows = [row for row in rows if int(row["step"]) <= self.step]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    def _remember_signal(self, number, frame) -> None:
+        # A second Ctrl-C does not wait for the step to end. torchrun passes the first one on, so there it says nothing.
+        if self.received == number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt
+        self.received = number
 
-    def log(self, row: dict) -> None:
-        """Appends a row to log.csv; columns without a value stay empty."""
-        if self.main:
-            row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            with open(self.folder / "log.csv", "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
 
-    def save(
-        self, step: int, model: nn.Module, ema: EMA | None, optimizer: torch.optim.Optimizer, keep_every: int = 0
-    ) -> None:
-        """Writes last.pt; the one before becomes previous.pt, and every keep_every steps one stays as step-N.pt."""
-        self.step = step
-        if not self.main:
-            return
-        training = {"step": step, "settings": self.settings, "optimizer": optimizer.state_dict()}
-        training["ema_updates"] = ema.updates if ema else 0
-        new, last = self.folder / "new.pt", self.folder / "last.pt"
-        save_checkpoint(new, model, ema.model if ema else None, training)
-        if last.exists():
-            os.replace(last, self.folder / "previous.pt")
-        os.replace(new, last)
-        if keep_every and step % keep_every == 0:
-            shutil.copyfile(last, self.folder / f"step-{step}.pt")
+def _second_name(path: Path, name: Path) -> None:
+    """Gives a file a second name, in place of what had it; a copy where the file system knows no links."""
+    temporary = name.with_name(f"{name.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, temporary)
+    except OSError:
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
 
-    def restore(self, model: nn.Module, ema: EMA | None, optimizer: torch.optim.Optimizer) -> None:
-        """Puts the checkpoint's weights, averages and optimizer state into place, bit for bit."""
-        if self.checkpoint is None:
-            return
-        training = self.checkpoint["training"]
-        model.load_state_dict(self.checkpoint["model"])
-        if ema is not None:
-            ema.model.load_state_dict(self.checkpoint["ema"])
-            ema.updates = training["ema_updates"]
-        optimizer.load_state_dict(training["optimizer"])
-        self.checkpoint = None
 
-    def stopping(self, device: torch.device) -> bool:
-        """Whether SIGTERM or Ctrl-C has reached any process: all of them get the same answer after the same step."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flag = torch.tensor(self.signal, device=device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.signal = int(flag)
-        return self.signal != 0
+def _peak_memory_mb() -> float:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -12,8 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dar
 import train_tokenizer
@@ -44,8 +43,10 @@ def main() -> None:
     for i, (name, fields) in enumerate(ROWS.items()):
         folder = args.out / f"row-{i}"
         words = ["--data", args.data, "--val", args.val, "--out", folder, "--steps", args.steps]
-        words += ["--device", args.device, "--seed", int("seed" in name)] + (["--set", *fields.split()] if fields else [])
-        subprocess.run([sys.executable, ROOT / "train_tokenizer.py", *map(str, words)], check=True)
+        words += ["--device", args.device, "--seed", int("seed" in name)] + (
+            ["--set", *fields.split()] if fields else []
+        )
+        subprocess.run([sys.executable, train_tokenizer.__file__, *map(str, words)], check=True)
         tokenizer = dar.load_tokenizer(folder / "last.pt", device)
         data = dar.ImageData(args.val, tokenizer.config.image_size, held_out=True)
         found = train_tokenizer.held_out(tokenizer, data, args.num, device)

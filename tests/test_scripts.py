@@ -1,84 +1,15 @@
-"""The scripts, run as a user runs them: from procedural data to pictures, through kills and mistakes."""
+"""The scripts, run as a user runs them: pictures from checkpoints, and mistakes."""
 
-import csv
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_lines import AR, TOKENIZER, run
 from PIL import Image
 
 import dar
 import sample
-from train_tokenizer import Samples, sample_noise, training_batches
-
-ROOT = Path(dar.__file__).parent
-SMALL = (
-    "--device cpu --set image_size=16 encoder_width=64 decoder_width=64 diffusion_width=64 encoder_layers=1 "
-    "decoder_layers=1 diffusion_layers=1 num_tokens=16 num_groups=4 codebook_size=64"
-).split()
-TOKENIZER = [
-    "train_tokenizer.py",
-    "--data",
-    "shapes",
-    "--batch",
-    "4",
-    "--log-every",
-    "1",
-    "--picture-every",
-    "100",
-    *SMALL,
-]
-AR = [
-    "train_ar.py",
-    "--device",
-    "cpu",
-    "--data",
-    "data",
-    "--width",
-    "64",
-    "--layers",
-    "1",
-    "--batch",
-    "4",
-    "--log-every",
-    "1",
-]
-
-
-def command(*words) -> list[str]:
-    return [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
-
-
-def run(*words, cwd=ROOT, code=0) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, env=environment)
-    assert done.returncode == code, done.stderr[-2000:]
-    return done
-
-
-def losses(folder: Path) -> list[tuple[str, ...]]:
-    with open(folder / "log.csv", newline="") as file:
-        return [(row["step"], row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
-
-
-def kill_after(words, folder: Path, rows: int) -> None:
-    """Starts a training and kills it, SIGKILL, once its log has so many rows."""
-    process = subprocess.Popen(
-        command(*words), cwd=folder.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (folder / "log.csv").exists() and len(losses(folder)) >= rows:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
 
 
 @pytest.fixture(scope="module")
@@ -89,85 +20,9 @@ def work(tmp_path_factory) -> Path:
         folder = work / "data" / ("ant", "bee", "cat")[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         dar.draw_shape(i, 16).save(folder / f"{i}.png")
-    run(
-        *TOKENIZER,
-        "--val",
-        "shapes",
-        "--out",
-        "tokenizer",
-        "--steps",
-        5,
-        "--codebook-warmup",
-        2,
-        "--times",
-        2,
-        cwd=work,
-    )
-    run(*AR, "--val", "data", "--tokenizer", "tokenizer/last.pt", "--out", "ar", "--steps", 5, "--ema", cwd=work)
+    run(*TOKENIZER, *"--out tokenizer --steps 3".split(), cwd=work)
+    run(*AR, *"--tokenizer tokenizer/last.pt --out ar --steps 3".split(), cwd=work)
     return work
-
-
-def test_a_samples_noise_does_not_depend_on_its_batch():
-    device = torch.device("cpu")
-    together = sample_noise(1, list(range(8)), (3, 4, 4), device)
-    assert torch.equal(together[5:6], sample_noise(1, [5], (3, 4, 4), device))
-    assert not torch.equal(together[5], together[6])
-    assert not torch.equal(together, sample_noise(2, list(range(8)), (3, 4, 4), device))
-    assert abs(together.mean()) < 0.2 and abs(together.std() - 1) < 0.2
-
-
-def test_batches_are_the_same_for_any_number_of_processes_and_micro_batches():
-    data = dar.ImageData("shapes", 8)
-    samples = Samples(data, lambda image, rng: image if rng.random() < 0.5 else image.rotate(90), seed=0)
-
-    def images(world, micro):
-        parts = [training_batches(samples, range(2, 4), 8, rank, world, micro, 0) for rank in range(world)]
-        steps = [[torch.cat([next(part)[0] for _ in range(8 // world // micro)]) for part in parts] for _ in range(2)]
-        return torch.stack([torch.cat(step) for step in steps])
-
-    assert torch.equal(images(1, 8), images(2, 4)) and torch.equal(images(1, 8), images(4, 1))
-
-
-def test_tokenizer_training_logs_draws_and_saves(work):
-    rows = losses(work / "tokenizer")
-    assert [step for step, _, _ in rows] == ["1", "2", "3", "4", "5"] and all(float(loss) > 0 for _, loss, _ in rows)
-    with open(work / "tokenizer" / "log.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    assert float(last["val_psnr"]) > 0 and 0 < float(last["val_code_use"]) <= 1
-    assert Image.open(work / "tokenizer" / "step-5.png").size == (6 * 18 + 2, 8 * 18 + 2)  # 4 previews between the two
-    tokenizer = dar.load_tokenizer(work / "tokenizer" / "last.pt")
-    assert tokenizer.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
-
-
-def test_a_killed_tokenizer_training_goes_on_bit_for_bit(work):
-    words = (*TOKENIZER, "--steps", "8", "--save-every", "2", "--codebook-warmup", "5")
-    run(*words, "--out", "whole", cwd=work)
-    kill_after((*words, "--out", "killed"), work / "killed", 4)
-    run(*words, "--out", "killed", cwd=work)
-    assert losses(work / "killed") == losses(work / "whole")
-    whole, killed = (dar.read_checkpoint(work / name / "last.pt") for name in ("whole", "killed"))
-    assert all(torch.equal(whole[part][k], killed[part][k]) for part in ("model", "ema") for k in whole["model"])
-
-
-def test_a_killed_llama_training_goes_on_bit_for_bit(work):
-    words = (*AR, "--tokenizer", "tokenizer/last.pt", "--steps", "40", "--save-every", "7")
-    run(*words, "--out", "ar-whole", cwd=work)
-    kill_after((*words, "--out", "ar-killed"), work / "ar-killed", 10)
-    run(*words, "--out", "ar-killed", cwd=work)
-    assert losses(work / "ar-killed") == losses(work / "ar-whole")
-
-
-def test_sigterm_saves_and_the_next_start_goes_on(work):
-    words = (*TOKENIZER, "--steps", "100000", "--save-every", "100000", "--out", "stopped")
-    process = subprocess.Popen(command(*words), cwd=work, stderr=subprocess.PIPE, text=True)
-    while not (work / "stopped" / "log.csv").exists() or len(losses(work / "stopped")) < 2:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors
-    step = dar.read_checkpoint(work / "stopped" / "last.pt")["training"]["step"]
-    assert step == int(losses(work / "stopped")[-1][0])
 
 
 def test_a_llama_checkpoint_needs_nothing_else_to_sample(work, tmp_path):
@@ -197,20 +52,6 @@ def test_a_llama_checkpoint_needs_nothing_else_to_sample(work, tmp_path):
     assert torch.equal(dar.load_ar(bundle).output.weight, ar.output.weight)
 
 
-def test_held_out_losses_are_logged_by_group(work):
-    with open(work / "ar" / "log.csv", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
-    groups = [float(last[f"val_group_{k}"]) for k in range(4)]
-    assert abs(sum(groups) / 4 - float(last["val_loss"])) < 1e-4
-    assert 0 < float(last["unigram_by_position"]) <= float(last["unigram"]) + 1e-6
-
-
-def test_codes_of_another_tokenizer_are_refused(work):
-    run(*TOKENIZER, "--out", "other", "--steps", 1, "--seed", 7, cwd=work)
-    done = run(*AR, "--tokenizer", "other/last.pt", "--out", "ar", "--steps", 5, cwd=work, code=2)
-    assert "of another tokenizer" in done.stderr
-
-
 def test_released_files_draw_the_golden_tokens_from_the_command_line(released_dir, golden_ar, tmp_path):
     words = f"--ckpt {released_dir}/ar.pt --tokenizer {released_dir}/tokenizer.pt --classes 3 7 --num 2 --top-k 1"
     run("sample.py", *words.split(), "--cfg", 1.1, 4.0, "--seed", 9, "--device", "cpu", "--out", tmp_path / "x.png")
@@ -234,6 +75,10 @@ MISTAKES = {
     "indivisible groups": ("train_tokenizer.py --data shapes --out o --set num_groups=7", "K = 7"),
     "unknown field": ("train_tokenizer.py --data shapes --out o --set colour=red", "colour"),
     "another run": ("train_tokenizer.py --data shapes --out tokenizer --seed 5", "seed was 0, is 5"),
+    "no data": ("train_tokenizer.py --out o", "--data"),
+    "no steps": ("train_tokenizer.py --data shapes --out o --steps 0", "--steps 0"),
+    "odd micro-batch": ("train_tokenizer.py --data shapes --out o --batch 8 --micro-batch 3", "--micro-batch 3"),
+    "long guidance": ("train_ar.py --data data --tokenizer tokenizer/last.pt --out o --cfg 1 2 3", "(1.0, 2.0, 3.0)"),
     "no tokenizer": ("train_ar.py --data data --tokenizer no.pt --out o", "no.pt"),
     "Llama as tokenizer": ("train_ar.py --data data --tokenizer ar/last.pt --out o", "autoregressive"),
     "tokenizer as Llama": ("sample.py --ckpt tokenizer/last.pt", "tokenizer"),

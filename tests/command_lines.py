@@ -1,0 +1,71 @@
+"""How the tests run the scripts: as a user does, in processes of their own, on models of a few thousand weights."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import dar
+
+ROOT = Path(dar.__file__).parent
+PROBE = Path(__file__).with_name("probe.py")  # runs a script and looks at it, or kills it, from inside
+SMALL = (
+    "--device cpu --precision float32 --set image_size=16 encoder_width=64 decoder_width=64 diffusion_width=64 "
+    "encoder_layers=1 decoder_layers=1 diffusion_layers=1 num_tokens=16 num_groups=4 codebook_size=64"
+).split()
+TOKENIZER = "train_tokenizer.py --data shapes --batch 4 --log-every 1 --picture-every 100".split() + SMALL
+AR = "train_ar.py --device cpu --precision float32 --data data --width 64 --layers 1 --batch 4 --log-every 1".split()
+
+
+def command(*words, processes: int = 1, probe: bool = False) -> list[str]:
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*start, *([str(PROBE)] if probe else []), str(ROOT / words[0]), *map(str, words[1:])]
+
+
+def environment(**more) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in more.items()}
+
+
+def run(*words, cwd=ROOT, code=0, processes=1, probe=False, **more) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*words, processes=processes, probe=probe),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment(**more),
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def start(*words, cwd) -> subprocess.Popen:
+    return subprocess.Popen(command(*words), cwd=cwd, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def kill_when(condition, *words, cwd) -> None:
+    """Starts a script and kills it, SIGKILL, as soon as condition() holds."""
+    process, deadline = start(*words, cwd=cwd), time.time() + 120
+    while time.time() < deadline and process.poll() is None and not condition():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+
+
+def log(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(folder: Path) -> list[tuple[str, ...]]:
+    """(step, loss, gradient norm) of each row, as they were written: equal bits give equal words."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in log(folder)]
+
+
+def has_rows(folder: Path, count: int):
+    return lambda: (folder / "log.csv").exists() and len(log(folder)) >= count
