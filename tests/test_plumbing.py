@@ -127,9 +127,7 @@ def test_ema_follows_its_formula_for_100_steps():
 @pytest.fixture
 def restore_signals():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    flash = torch.backends.cuda.flash_sdp_enabled()
     yield
-    torch.backends.cuda.enable_flash_sdp(flash)
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -274,9 +274,7 @@ def test_llama_steps_are_the_same_for_any_number_of_processes(work):
 @pytest.fixture
 def restore_signals():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    flash = torch.backends.cuda.flash_sdp_enabled()
     yield
-    torch.backends.cuda.enable_flash_sdp(flash)
     for number, handler in before.items():
         signal.signal(number, handler)
 

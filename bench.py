@@ -1,0 +1,325 @@
+"""Measures speed, and how far it is from what this machine can do at best.
+
+The small models:            python bench.py
+What a figure's models cost: python bench.py --models v1 L XL --rows encode decode generate --dtype bfloat16
+One training step:           python bench.py --models v1 --rows train --batch 32 --compile
+The data loader:             python bench.py --rows loader --data imagenet/train --workers 8
+
+Every figure stands beside its limit, measured in the same run: arithmetic (the fastest way there is here to multiply
+matrices of the model's shapes and type) or memory (reading a large array once). "share" is limit / measured, and keeps
+its meaning on another machine. Weights are random: speed does not depend on them.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import dar
+import train_tokenizer
+
+ROWS = ("encode", "decode", "generate", "train", "loader")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    names = list(dict.fromkeys([*dar.TOKENIZER_PRESETS, *dar.AR_PRESETS]))
+    add("--models", nargs="+", default=["tiny"], choices=names, help="presets; a name may be tokenizer and Llama")
+    add("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="what to measure (default: all)")
+    add("--batch", nargs="+", type=int, default=[1, 8], help="images at once, a row each (default: 1 8)")
+    add(
+        "--tokens", type=int, default=64, help="tokens that are generated, at most: a whole image takes N (default: 64)"
+    )
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
+    add("--seconds", type=float, default=2.0, help="how long a row is repeated at least (default: 2)")
+    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--checkpoint-blocks", action="store_true", help="recompute activations in the training step")
+    add("--data", help="folder for the loader row (default: 64 photographs' worth of drawn JPEGs of 512 pixels)")
+    add("--workers", type=int, default=0, help="of the loader (default: none)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--json", metavar="FILE", help="also write the rows there")
+    args = parser.parse_args()
+    if min(args.batch) < 1 or args.tokens < 1 or args.seconds <= 0 or args.workers < 0:
+        raise ValueError("--batch, --tokens and --seconds: expected numbers above 0; --workers: 0 or more")
+    return args
+
+
+# Measuring
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(action, device: torch.device, least: float) -> float:
+    """Seconds of one call, the median of calls repeated for `least` seconds, after one that is not counted."""
+    action()
+    times, start = [], time.perf_counter()
+    while not times or time.perf_counter() - start < least:
+        wait(device)
+        before = time.perf_counter()
+        action()
+        wait(device)
+        times.append(time.perf_counter() - before)
+    return float(np.median(times))
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+
+
+def peak_mb(device: torch.device) -> float:
+    """Peak memory since reset_peak: what tensors took on a GPU, what the whole process took on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
+
+
+class Limits:
+    """The machine's limits, each measured once: operations a second for products of given shapes; bytes a second."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype, self.known = device, dtype, {}
+
+    @torch.no_grad()
+    def operations(self, rows: int, width: int) -> float:
+        """Of [rows, width] times [width, 4 width], the shape of the MLPs: the best of the ways torch has."""
+        key = (rows, width)
+        if key not in self.known:
+            x = torch.randn(rows, width, device=self.device, dtype=self.dtype)
+            w = torch.randn(4 * width, width, device=self.device, dtype=self.dtype)
+            wt, ways = w.t().contiguous(), [lambda: F.linear(x, w), lambda: x @ wt]
+            if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
+                packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
+                ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+            best = min(seconds_of(way, self.device, 0.3) for way in ways)
+            self.known[key] = 2 * rows * width * 4 * width / best
+        return self.known[key]
+
+    def bytes(self) -> float:
+        """Of reading a 1 GB array once, by all threads; here as the sum of its elements."""
+        if "bytes" not in self.known:
+            array = torch.ones(2**28, device=self.device)
+            self.known["bytes"] = array.nbytes / seconds_of(array.sum, self.device, 1.0)
+        return self.known["bytes"]
+
+
+# Operations, counted (a multiplication and an addition are two). C: width. A Linear from a to b features costs 2ab for
+# each token, attention of n queries to m keys 4nmC.
+
+
+def block_operations(width: int, n: float, m: float) -> float:
+    """A transformer block on n tokens that attend to m: q, k, v, proj (4 C²) and an MLP of 4 C (8 C²)."""
+    return 24 * width**2 * n + 4 * n * m * width
+
+
+def encode_operations(c: dar.TokenizerConfig) -> float:
+    """Patches, blocks over patches and queries, projection, and the search through V codes."""
+    patches = (c.image_size // c.encoder_patch) ** 2
+    n, width = patches + c.num_tokens, c.encoder_width
+    blocks = c.encoder_layers * block_operations(width, n, n)
+    search = 2 * c.num_tokens * c.code_dim * (width + c.codebook_size)
+    return 2 * patches * 3 * c.encoder_patch**2 * width + blocks + search
+
+
+def causal_operations(c: dar.TokenizerConfig) -> float:
+    """The causal decoder: a token attends to (N+1)/2 tokens on average."""
+    return c.decoder_layers * block_operations(c.decoder_width, c.num_tokens, (c.num_tokens + 1) / 2)
+
+
+def denoise_operations(c: dar.TokenizerConfig) -> float:
+    """One denoising step: per block and patch self-attention and MLP (12 C²), queries and output of the cross-attention
+    (2 C²) and the modulation (6 C²); per condition token keys, values and the condition MLP (4 C²)."""
+    patches, n, width = (c.image_size // c.diffusion_patch) ** 2, c.group_size, c.diffusion_width
+    block = 40 * width**2 * patches + 4 * patches * (patches + n) * width + 8 * width**2 * n
+    pixels = 2 * 2 * patches * 3 * c.diffusion_patch**2 * width
+    return c.diffusion_layers * block + pixels + 2 * c.decoder_width * width * n
+
+
+def ar_operations(c: dar.ARConfig, n: int) -> float:
+    """The Llama on n tokens at once: wqkv and wo (4 C²), SwiGLU (3 C·hidden), the output layer."""
+    hidden = -(-(8 * c.width // 3) // 256) * 256
+    layer = 2 * n * (4 * c.width**2 + 3 * c.width * hidden) + 4 * n * (n + 1) / 2 * c.width
+    return c.layers * layer + 2 * n * c.width * c.vocab_size
+
+
+# Rows: each yields (what, seconds, limit in seconds, the limit's kind, figures)
+
+
+def build(model_class, config, device, dtype):
+    with torch.device("meta"):
+        model = model_class(config)
+    model = model.to_empty(device=device).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def tokenizer_rows(name: str, args, limits: Limits):
+    c, device, dtype = dar.TOKENIZER_PRESETS[name], limits.device, limits.dtype
+    tokenizer = build(dar.SequentialDiffusionTokenizer, c, device, dtype)
+    for batch in args.batch:
+        images = torch.rand(batch, 3, c.image_size, c.image_size, device=device) * 2 - 1
+        codes = tokenizer.encode(images)
+        if "encode" in args.rows:
+            tokens = batch * ((c.image_size // c.encoder_patch) ** 2 + c.num_tokens)
+            limit = batch * encode_operations(c) / limits.operations(tokens, c.encoder_width)
+            seconds = seconds_of(partial(tokenizer.encode, images), device, args.seconds)
+            yield f"{name} encode, batch {batch}", seconds, limit, "arithmetic", {"images/s": batch / seconds}
+        if "decode" in args.rows:
+            steps, patches = c.num_steps or c.num_groups, (c.image_size // c.diffusion_patch) ** 2
+            operations = batch * (steps * denoise_operations(c) + causal_operations(c))
+            limit = operations / limits.operations(batch * patches, c.diffusion_width)
+            seconds = seconds_of(partial(tokenizer.decode, codes, images), device, args.seconds)
+            figures = {"images/s": batch / seconds, "ms/step": 1000 * seconds / steps}
+            yield f"{name} decode, batch {batch}", seconds, limit, "arithmetic", figures
+
+
+def ar_rows(name: str, args, limits: Limits):
+    c, device = dar.AR_PRESETS[name], limits.device
+    ar = build(dar.ARTransformer, c, device, limits.dtype)
+    weights = sum(p.nbytes for n, p in ar.named_parameters() if "embedding" not in n)
+    count = min(args.tokens, c.num_tokens)
+    for batch in args.batch:
+        for cfg, half in ((4.0, 2), (None, 1)):
+            # A token reads every weight once, and the keys and values of all tokens before it once: count/2 on average.
+            cache = half * batch * c.layers * 2 * c.width * (count + 1) / 2 * ar.output.weight.element_size()
+            reading = (weights + cache) / limits.bytes()
+            multiplying = half * batch * ar_operations(c, count) / count / limits.operations(half * batch, c.width)
+            labels = torch.zeros(batch, dtype=torch.int64, device=device)
+            seconds = seconds_of(partial(ar.generate, labels, count, cfg, 0), device, args.seconds)
+            limit, kind = max((reading, "memory"), (multiplying, "arithmetic"))
+            figures = {"ms/token": 1000 * seconds / count, "images/s": batch * count / c.num_tokens / seconds}
+            what = f"{name} generate, batch {batch}, {'guided' if cfg else 'no guidance'}"
+            yield what, seconds, count * limit, kind, figures
+
+
+def train_row(name: str, kind: str, batch: int, args, limits: Limits):
+    """A step as the training scripts take it: forward, backward (twice the operations), clip, Adam, EMA."""
+    device, parser = limits.device, argparse.ArgumentParser()
+    dar.add_training_arguments(parser, [name])
+    with tempfile.TemporaryDirectory() as folder:
+        precision = str(limits.dtype).removeprefix("torch.")
+        words = ["--preset", name, "--out", folder, "--batch", batch, "--steps", 10**6, "--precision", precision]
+        words += ["--compile"] * args.compile + ["--checkpoint-blocks"] * args.checkpoint_blocks
+        settings = parser.parse_args([str(word) for word in words])
+        if kind == "tokenizer":
+            c = dar.TOKENIZER_PRESETS[name]
+            model = dar.SequentialDiffusionTokenizer(c).to(device)
+            times = train_tokenizer.RECIPES[name]["times"]
+            images = torch.rand(batch, 3, c.image_size, c.image_size, device=device) * 2 - 1
+            s, noise = (
+                torch.rand(batch, times, device=device),
+                torch.randn(batch, times, *images.shape[1:], device=device),
+            )
+            operations = batch * (encode_operations(c) + causal_operations(c) + times * denoise_operations(c))
+            rows, width = batch * times * (c.image_size // c.diffusion_patch) ** 2, c.diffusion_width
+
+            def losses(_):
+                out = run.parallel(images, s, noise)
+                loss = out["fm"] + out["vq"] + out["commit"]
+                return {"loss": loss + 0 * out["repa"].sum() if "repa" in out else loss}
+
+        else:
+            c = dar.AR_PRESETS[name]
+            model = dar.ARTransformer(c).to(device)
+            codes = torch.randint(c.vocab_size, (batch, c.num_tokens), device=device)
+            labels = torch.zeros(batch, dtype=torch.int64, device=device)
+            operations, rows, width = batch * ar_operations(c, c.num_tokens), batch * c.num_tokens, c.width
+
+            def losses(_):
+                return {"loss": F.cross_entropy(run.parallel(codes[:, :-1], labels).flatten(0, 1), codes.flatten())}
+
+        optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=device.type == "cuda")
+        run = dar.TrainingRun(settings, dar.Processes(device), model, dar.EMA(model), optimizer, {}, [], [])
+        seconds = seconds_of(lambda: run.optimise(losses, [None], 1e-4), device, args.seconds)
+    figures = {"images/s": batch / seconds}
+    if kind == "Llama":
+        figures["tokens/s"] = batch * c.num_tokens / seconds
+    limit = 3 * operations / limits.operations(rows, width)
+    yield f"{name} {kind} training step, batch {batch}", seconds, limit, "arithmetic", figures
+
+
+def loader_row(args):
+    """Decoding, ADM's random crop and flip to 256 pixels. Its limit is what one process can decode alone, times the
+    processes at work: sample by sample in a loop, without a loader."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = args.data
+        if source is None:
+            source = Path(folder, "data")
+            (source / "shapes").mkdir(parents=True)
+            for i in range(64):
+                dar.draw_shape(i, 512).save(source / "shapes" / f"{i}.jpg", quality=90)
+        crop = partial(train_tokenizer.random_crop, size=256, flip=True)
+        samples = dar.Samples(dar.ImageData(str(source), 256), crop, seed=0)
+        alone = seconds_of(lambda: [samples[i] for i in range(32)], torch.device("cpu"), args.seconds) / 32
+        loader = dar.sample_loader(samples, (range(i, i + 32) for i in range(0, 10**9, 32)), args.workers)
+        seconds = seconds_of(lambda: next(loader), torch.device("cpu"), args.seconds) / 32
+        yield (
+            f"loader, {args.workers} workers",
+            seconds,
+            alone / max(args.workers, 1),
+            "one process",
+            {"images/s": 1 / seconds},
+        )
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = dar.pick_device(args.device)
+    fast = dar.has_fast_bfloat16(device) if args.dtype == "auto" else args.dtype == "bfloat16"
+    limits = Limits(device, torch.bfloat16 if fast else torch.float32)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{where}, {str(limits.dtype)[6:]}, torch {torch.__version__}; reads {limits.bytes() / 1e9:.0f} GB/s")
+    print(f"{'':48}{'measured':>12}{'limit':>12}  {'share':>6}  limited by   peak MB")
+    found = []
+
+    def sources():
+        for name in args.models:
+            if name in dar.TOKENIZER_PRESETS and {"encode", "decode"} & set(args.rows):
+                yield tokenizer_rows(name, args, limits)
+            if name in dar.AR_PRESETS and "generate" in args.rows:
+                yield ar_rows(name, args, limits)
+            for batch in args.batch if "train" in args.rows else ():
+                if name in dar.TOKENIZER_PRESETS:
+                    yield train_row(name, "tokenizer", batch, args, limits)
+                if name in dar.AR_PRESETS:
+                    yield train_row(name, "Llama", batch, args, limits)
+        if "loader" in args.rows:
+            yield loader_row(args)
+
+    for rows in sources():
+        reset_peak(device)
+        for what, seconds, limit, kind, figures in rows:
+            row = {
+                "row": what,
+                "seconds": seconds,
+                "limit_seconds": limit,
+                "share": limit / seconds,
+                "limited_by": kind,
+            }
+            row |= {"peak_mb": peak_mb(device)} | figures
+            more = ", ".join(f"{value:.3g} {unit}" for unit, value in figures.items())
+            times = f"{1000 * seconds:9.1f} ms{1000 * limit:9.1f} ms  {limit / seconds:6.0%}"
+            print(f"{what:48}{times}  {kind:11}{row['peak_mb']:8.0f}   {more}", flush=True)
+            found.append(row)
+            reset_peak(device)
+    if args.json:
+        dar.write_atomically(args.json, lambda file: file.write(json.dumps(found, indent=1).encode()))
+
+
+if __name__ == "__main__":
+    dar.command_line(main)
