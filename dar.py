@@ -1430,8 +1430,8 @@ def _assign(model_class, config, state: dict, device: torch.device, dtype: torch
 
 
 def command_line(main) -> None:
-    """Runs a script's main(). Exit codes: what it returns; 2 with one line for a user's mistake; 3 for a training that
-    is not finite any more; 130 for Ctrl-C. No traceback for any of them."""
+    """Runs a script's main(), which returns the exit code. Without a traceback: a user's mistake is one line and code
+    2, a training that is not finite any more 3, Ctrl-C 130."""
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
@@ -1447,9 +1447,9 @@ def command_line(main) -> None:
 
 def pick_device(name: str) -> torch.device:
     """--device auto|cpu|cuda|mps -> the device; auto takes the fastest. Raises ValueError if it is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device("cuda" if there["cuda"] else "mps" if there["mps"] else "cpu")
+        name = next(kind for kind in there if there[kind])
     if not there.get(name, False):
         raise ValueError(f"--device {name}: not available here; there is {', '.join(k for k, v in there.items() if v)}")
     return torch.device(name)
@@ -1468,20 +1468,17 @@ class Processes(typing.NamedTuple):
     device: torch.device
     rank: int = 0
     world: int = 1
-    local_rank: int = 0  # among the processes of this machine
 
     @classmethod
     def start(cls, device: torch.device) -> "Processes":
         """Joins the others if torchrun's environment says that there are any; each then has a GPU of its own."""
-        rank, world, local_rank = (
-            int(os.environ.get(k, v)) for k, v in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0).items()
-        )
-        if world > 1:
-            if device.type == "cuda":
-                device = torch.device("cuda", local_rank)
-                torch.cuda.set_device(device)
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(device, rank, world, local_rank)
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls(device)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return cls(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def reduce(self, value: Tensor, operation: str = "SUM") -> Tensor:
         """The SUM, MAX or MIN of value over all processes."""
@@ -1495,15 +1492,12 @@ class Processes(typing.NamedTuple):
         if self.world > 1:
             torch.distributed.barrier()
 
-    def in_turn(self, action):
-        """action() of the first process, then of the first on each other machine, then of the rest: what the first
-        ones download or list, the others find."""
-        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
-        for i in range(3):
-            if i == turn:
-                result = action()
-            self.barrier()
-        return result
+    def first_alone(self, action):
+        """action(), by the first process before the others: what it downloads or lists, they find."""
+        if self.rank == 0:
+            result = action()
+        self.barrier()
+        return result if self.rank == 0 else action()
 
 
 # Pictures
@@ -1528,8 +1522,7 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     """Float images [n, 3, H, W] in [-1, 1] -> one white-gapped picture, row by row."""
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     n, height, width, _ = pixels.shape
-    rows = -(-n // columns)
-    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    canvas = np.full((-(-n // columns) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
     for i, picture in enumerate(pixels):
         y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         canvas[y : y + height, x : x + width] = picture
@@ -1555,12 +1548,17 @@ def load_rgb(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: halve with BOX while the short side is at least 2 size, BICUBIC to size, cut the middle."""
+def shrink(image: Image.Image, size: int) -> Image.Image:
+    """ADM's resize of the short side to size: halve with BOX while it is at least 2 size, then BICUBIC."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop: the middle square of the image whose short side is size."""
+    image = shrink(image, size)
     x, y = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((x, y, x + size, y + size))
 
@@ -1572,9 +1570,25 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 SHAPES = {"circle": (48, 1.0), "triangle": (3, 1.0), "square": (4, 1.0), "star": (10, 0.45), "gear": (24, 0.75)}
 
 
+def draw_shape(index: int, size: int) -> Image.Image:
+    """The index-th picture of the procedural dataset: a coloured shape on a coloured ground, classes in turn."""
+    rng, scale = np.random.default_rng(index), 4 * size  # drawn large and averaged down: smooth edges
+    ground, colour = (tuple(rng.integers(0, 256, 3).tolist()) for _ in range(2))
+    radius, turn = scale * rng.uniform(0.2, 0.4), rng.uniform(0, 2 * math.pi)
+    x, y = rng.uniform(radius, scale - radius, 2)
+    corners, inner = list(SHAPES.values())[index % len(SHAPES)]
+    outline = []
+    for i in range(corners):
+        angle, r = turn + 2 * math.pi * i / corners, radius * (inner if i % 2 else 1)
+        outline.append((x + r * math.cos(angle), y + r * math.sin(angle)))
+    image = Image.new("RGB", (scale, scale), ground)
+    ImageDraw.Draw(image).polygon(outline, fill=colour)
+    return image.resize((size, size), Image.BOX)
+
+
 def list_images(folder: str | Path) -> list[str]:
-    """The image files below a folder, sorted, relative to it. FileNotFoundError without the folder, ValueError without
-    images."""
+    """The image files below a folder, sorted, relative to it. Raises FileNotFoundError without the folder, ValueError
+    without images."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     start, found = len(os.path.join(folder, "")), []
@@ -1595,9 +1609,8 @@ class ImageData:
     def __init__(self, source: str, size: int, held_out: bool = False, listing: Path | None = None):
         self.source, self.size, self.held_out, self.kept = source, size, held_out, {}
         if source == "shapes":
-            self.names, self.class_names = None, list(SHAPES)
+            self.digest, self.names, self.class_names = source, None, list(SHAPES)
             self.labels = np.arange(1000 if held_out else 10000) % len(SHAPES)
-            self.digest = source
         else:
             if listing is not None and listing.exists():
                 names = listing.read_bytes().split(b"\0")
@@ -1606,14 +1619,13 @@ class ImageData:
                 if listing is not None:
                     listing.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(listing, lambda file: file.write(b"\0".join(names)))
-            self.digest = hashlib.sha256(b"\0".join(names)).hexdigest()[:16]
-            flat = next((name for name in names if b"/" not in name), None)
-            if flat is not None:
-                raise ValueError(f"{source}/{os.fsdecode(flat)}: expected one sub-folder for each class in {source}")
+            for name in names:
+                if b"/" not in name:
+                    raise ValueError(f"{source}/{os.fsdecode(name)}: expected a sub-folder for each class in {source}")
             classes = [os.fsdecode(name.split(b"/")[0]) for name in names]
-            self.class_names = sorted(set(classes))
-            number = {name: i for i, name in enumerate(self.class_names)}
-            self.labels = np.array([number[name] for name in classes])
+            self.class_names, self.labels = np.unique(classes, return_inverse=True)
+            self.class_names = self.class_names.tolist()
+            self.digest = hashlib.sha256(b"\0".join(names)).hexdigest()[:16]
             self.names = np.array(names)  # one array, which worker processes share, instead of a million objects
         self.unreadable = torch.zeros(len(self.labels), dtype=torch.uint8)  # 1 where a file turned out to be corrupt
 
@@ -1624,12 +1636,12 @@ class ImageData:
         """Image `index` in RGB. Small ones stay in memory once decoded (CIFAR-10: 150 MB). ValueError if corrupt."""
         if self.names is None:
             return draw_shape(index + 10**6 * self.held_out, self.size)
-        if index not in self.kept:
-            image = load_rgb(os.path.join(self.source, os.fsdecode(self.names[index])))
-            if max(image.size) > 64:
-                return image
+        if index in self.kept:
+            return self.kept[index]
+        image = load_rgb(os.path.join(self.source, os.fsdecode(self.names[index])))
+        if max(image.size) <= 64:
             self.kept[index] = image
-        return self.kept[index]
+        return image
 
     def next_readable(self, index: int) -> tuple[Image.Image, int]:
         """The first image from `index` on that can be read, and its index; files that are skipped are warned about."""
@@ -1654,22 +1666,6 @@ class ImageData:
             raise ValueError(f"{self.source}: {len(bad)} of {len(self)} images are unreadable, over 1% (as {first})")
 
 
-def draw_shape(index: int, size: int) -> Image.Image:
-    """The index-th picture of the procedural dataset: a coloured shape on a coloured ground, classes in turn."""
-    rng, scale = np.random.default_rng(index), 4 * size  # drawn large and averaged down: smooth edges
-    ground, colour = (tuple(rng.integers(0, 256, 3).tolist()) for _ in range(2))
-    radius, turn = scale * rng.uniform(0.2, 0.4), rng.uniform(0, 2 * math.pi)
-    x, y = rng.uniform(radius, scale - radius, 2)
-    corners, inner = list(SHAPES.values())[index % len(SHAPES)]
-    outline = []
-    for i in range(corners):
-        angle, r = turn + 2 * math.pi * i / corners, radius * (inner if i % 2 else 1)
-        outline.append((x + r * math.cos(angle), y + r * math.sin(angle)))
-    image = Image.new("RGB", (scale, scale), ground)
-    ImageDraw.Draw(image).polygon(outline, fill=colour)
-    return image.resize((size, size), Image.BOX)
-
-
 # Randomness that belongs to the sample: position p counts the samples of a whole training, p = step · batch + place in
 # the batch. What sample p is, how it is cropped and which noise it gets depend on (seed, p) alone, so a run resumes, or
 # goes on with another number of processes, as if nothing had happened.
@@ -1687,7 +1683,7 @@ def data_index(position: int, count: int, seed: int) -> int:
 
 
 def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The small random choices of one sample: crop, flip, time s, class dropout."""
+    """The small random choices of one sample's picture: crop, flip."""
     return np.random.default_rng([seed, 1, position])
 
 
@@ -1703,13 +1699,8 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, int, int, int]:
         index = data_index(position, len(self.data), self.seed)
         image, found = self.data.next_readable(index)
-        pixels = np.array(self.transform(image, sample_rng(self.seed, position)))
-        return (
-            torch.from_numpy(pixels).permute(2, 0, 1),
-            self.data.labels[found],
-            position,
-            (found - index) % len(self.data),
-        )
+        pixels = torch.from_numpy(np.array(self.transform(image, sample_rng(self.seed, position)))).permute(2, 0, 1)
+        return pixels, self.data.labels[found], position, (found - index) % len(self.data)
 
 
 def sample_loader(
@@ -1725,6 +1716,9 @@ def sample_loader(
 def _leave_signals_to_the_parent(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+# Training
 
 
 class EMA:
@@ -1754,13 +1748,11 @@ class LossScaler:
 
     def takes(self, norm: float) -> bool:
         """Whether the step with this gradient norm is taken; adapts the scale."""
-        if not self.enabled:
-            return True
-        if not math.isfinite(norm):
+        if self.enabled and not math.isfinite(norm):
             self.scale, self.good, self.skipped = self.scale / 2, 0, self.skipped + 1
             return False
         self.good += 1
-        if self.good % 2000 == 0:
+        if self.enabled and self.good % 2000 == 0:
             self.scale *= 2
         return True
 
@@ -1792,65 +1784,52 @@ def add_training_arguments(parser: argparse.ArgumentParser, presets: Iterable[st
     add("--resume", default="auto", choices=["auto", "never"], help="go on with the run in --out if there is one")
 
 
-def check_training_arguments(args: argparse.Namespace, recipe: dict) -> None:
-    """Fills in the recipe. Raises ValueError, naming the argument, for a value that cannot be."""
+def check_training_arguments(args: argparse.Namespace, recipe: dict, **least: float) -> None:
+    """Fills in the recipe. Raises ValueError naming an argument that is missing or below its least value."""
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("data", "out"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing; --help lists all arguments")
-    counts = {"steps": 1, "batch": 1, "micro_batch": 1, "log_every": 1, "picture_every": 1, "save_every": 1}
-    for name, least in (
-        counts | {"keep_every": 0, "warmup": 0, "workers": 0, "seed": 0, "lr": 0, "clip": 1e-9}
-    ).items():
+    least |= dict.fromkeys(("steps", "batch", "micro_batch", "log_every", "picture_every", "save_every"), 1)
+    least |= dict.fromkeys(("keep_every", "warmup", "workers", "seed", "lr", "clip"), 0)
+    for name, bound in least.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        if value is not None and not value >= bound:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {bound}")
 
 
 class TrainingRun:
     """A training: its folder (last.pt, the one before, log.csv, pictures), its optimisation step, resuming, stopping.
 
-    settings: {what: value} that must not change within a run (model, data, seed); terms: names of the loss terms. The
-    rest is read from the shared arguments. Raises ValueError, naming the difference, if the folder holds another run.
+    args: the shared arguments. settings: {what: value} that must not change within a run (model, data). terms: names of
+    the loss terms. columns: more of log.csv. Raises ValueError, naming the difference, if the folder holds another run.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        processes: Processes,
-        model: nn.Module,
-        ema: EMA | None,
-        optimizer: torch.optim.Optimizer,
-        settings: dict,
-        terms: list[str],
-        columns: list[str],
-    ):
+    def __init__(self, args, processes: Processes, model, ema, optimizer, settings: dict, terms: list, columns: list):
         self.args, self.processes, self.folder = args, processes, Path(args.out)
         self.model, self.ema, self.optimizer = model, ema, optimizer
         self.settings = {"seed": args.seed, "batch": args.batch} | settings
         self.terms = ["loss", *terms]
-        self.columns = ["step", *self.terms, "lr", "grad_norm", "images_per_s", "memory_mb", "unreadable", "skipped"]
-        self.columns += columns
-        share, rest = divmod(args.batch, processes.world)
+        more = ["lr", "grad_norm", "images_per_s", "memory_mb", "unreadable", "skipped"]
+        self.columns = ["step", *self.terms, *more, *columns]
+        self.share, rest = divmod(args.batch, processes.world)
         if rest:
             raise ValueError(f"--batch {args.batch} cannot be shared equally by {processes.world} processes")
-        self.share, self.micro = share, args.micro_batch or share
-        if share % self.micro:
-            raise ValueError(f"--micro-batch {self.micro} does not divide the {share} images of one process")
-        device, precision = processes.device, args.precision
+        self.micro = args.micro_batch or self.share
+        if self.share % self.micro:
+            raise ValueError(f"--micro-batch {self.micro} does not divide the {self.share} images of one process")
+        precision = args.precision
         if precision == "auto":
-            precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+            precision = "bfloat16" if has_fast_bfloat16(processes.device) else "float32"
         self.dtype, self.scaler = getattr(torch, precision), LossScaler(precision == "float16")
-
-        self.step = 0
         self.received = self.signal = 0  # a signal that reached this process; the one that all have agreed to stop for
         self.sums = torch.zeros(len(self.terms) + 1, dtype=torch.float64)  # of the terms and the gradient norm
-        self.since = 0  # the step of the log's last row
+        self.step = self.since = 0  # steps taken; steps taken at the log's last row
         if args.resume == "auto":
             self._restore()
-        self.clock = (self.step, time.time())  # since when images/s counts
+        self.data, self.clock = None, (self.step, time.time())
         if processes.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_over in self.folder.glob("*.tmp"):  # of a process that was killed while it saved
@@ -1864,7 +1843,7 @@ class TrainingRun:
                 part.recompute = args.checkpoint_blocks
         self.parallel = torch.compile(model) if args.compile else model
         if processes.world > 1:
-            devices = [device.index] if device.type == "cuda" else None
+            devices = [processes.device.index] if processes.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(self.parallel, devices, gradient_as_bucket_view=True)
 
     # The loop
@@ -1885,6 +1864,12 @@ class TrainingRun:
         if self.signal and self.processes.rank == 0:
             print(f"stopped after step {self.step}, saved; the same command goes on", file=sys.stderr)
 
+    def _remember_signal(self, number, frame) -> None:
+        # A second Ctrl-C does not wait for the step to end. torchrun passes the first one on, so there it says nothing.
+        if self.received == number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt
+        self.received = number
+
     @property
     def exit_code(self) -> int:
         """0, or 128 + the signal that stopped the run after it was saved."""
@@ -1892,26 +1877,23 @@ class TrainingRun:
 
     def batches(self, samples: Samples) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         """Yields each step's micro-batches, (uint8 images, labels, positions), of this process's share of the batch."""
-        args, p = self.args, self.processes
+        args, p, self.data = self.args, self.processes, samples.data
         first = (step * args.batch + p.rank * self.share for step in range(self.step, args.steps))
         positions = (range(f + i, f + i + self.micro) for f in first for i in range(0, self.share, self.micro))
         workers = args.workers
         if workers is None:
             cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            workers = 0 if samples.data.size < 64 else min(8, cores)
+            workers = 0 if self.data.size < 64 else min(8, cores)
         loader = sample_loader(samples, positions, workers, p.device.type == "cuda")
-        self.data = samples.data
         for _ in range(self.step, args.steps):
-            chunks = [next(loader) for _ in range(self.share // self.micro)]
-            for _, _, places, skipped in chunks:
-                for position, count in zip(places[skipped > 0].tolist(), skipped[skipped > 0].tolist()):
-                    index = data_index(position, len(samples.data), samples.seed)
-                    for i in range(index, index + count):
-                        samples.data.unreadable[i % len(samples.data)] = 1
-            yield [
-                (images.to(p.device, non_blocking=True), labels.to(p.device), places)
-                for images, labels, places, _ in chunks
-            ]
+            chunks = []
+            for _ in range(self.share // self.micro):
+                images, labels, places, skipped = next(loader)
+                for i in skipped.nonzero().flatten().tolist():
+                    index = data_index(int(places[i]), len(self.data), samples.seed)
+                    self.data.unreadable[torch.arange(index, index + int(skipped[i])) % len(self.data)] = 1
+                chunks.append((images.to(p.device, non_blocking=True), labels.to(p.device), places))
+            yield chunks
 
     def optimise(self, losses, chunks: list, rate: float) -> None:
         """One step at learning rate `rate`: gradients over the chunks (micro-batches), clipped, averaged into EMA.
@@ -1919,17 +1901,16 @@ class TrainingRun:
         losses(chunk) returns {term: scalar}, which sum to the loss, and over chunks and processes (as a mean) to the
         batch's. Raises FloatingPointError, naming step and cause, before anything that is not finite can reach weights.
         """
+        device, world = self.processes.device, self.processes.world
         self.optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(len(self.terms), device=self.processes.device)
+        totals = torch.zeros(len(self.terms), device=device)
         for i, chunk in enumerate(chunks):
             with contextlib.ExitStack() as contexts:
-                if (
-                    self.processes.device.type == "cpu"
-                ):  # its fused attention has the slower backward: 15% of a tiny step
+                if device.type == "cpu":  # the fused attention's backward is slower there: 15% of a tiny step
                     contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
-                if self.processes.world > 1 and i + 1 < len(chunks):  # gradients are exchanged with the last chunk only
+                if world > 1 and i + 1 < len(chunks):  # gradients are exchanged once a step, with the last chunk
                     contexts.enter_context(self.parallel.no_sync())
-                with torch.autocast(self.processes.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
                     found = losses(chunk)
                 loss = sum(found.values())
                 (self.scaler.scale * loss).backward()
@@ -1938,12 +1919,12 @@ class TrainingRun:
             torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.scaler.scale)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
 
-        # One message a step, the same for all: has a signal come, is a term not finite, is the gradient?
-        found = torch.stack((torch.full_like(norm, self.received), ~totals[0].isfinite(), ~norm.isfinite()))
-        self.signal, bad_loss, bad_norm = (int(flag) for flag in self.processes.reduce(found, "MAX").tolist())
+        # One message a step, the same for all: has a signal come, is the loss not finite, is the gradient?
+        flags = torch.stack((torch.full_like(norm, self.received), ~totals[0].isfinite(), ~norm.isfinite()))
+        self.signal, bad_loss, bad_norm = (int(flag) for flag in self.processes.reduce(flags, "MAX").tolist())
         norm = norm.item()
         if bad_loss or bad_norm and (not self.scaler.enabled or self.scaler.scale < 1e-3):
-            values = (self.processes.reduce(totals) / self.processes.world).tolist()
+            values = (self.processes.reduce(totals) / world).tolist()
             what = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
             raise FloatingPointError(
                 f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g}); {self.folder} holds checkpoints "
@@ -1957,7 +1938,6 @@ class TrainingRun:
                 self.ema.update(self.model)
             self.sums[-1] += norm
         self.sums[:-1] += totals.double().cpu()
-        self.rate = rate
 
     # The log
 
@@ -1971,17 +1951,16 @@ class TrainingRun:
             return None
         p, done, (before, since) = self.processes, self.step + 1, self.clock
         means = p.reduce(self.sums) / p.world / (done - self.since)
-        row = {"step": done} | dict(zip([*self.terms, "grad_norm"], means.tolist())) | {"lr": self.rate}
+        row = {"step": done} | dict(zip([*self.terms, "grad_norm"], means.tolist()))
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped": self.scaler.skipped}  # steps that overflowed
         row["images_per_s"] = self.args.batch * (done - before) / (time.time() - since)
         row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if p.device.type == "cuda" else _peak_memory_mb()
-        row["skipped"] = self.scaler.skipped  # steps, so far, whose float16 gradients overflowed
-        data = getattr(self, "data", None)
-        if data is not None:
-            data.unreadable = p.reduce(data.unreadable, "MAX")
-            row["unreadable"] = int(data.unreadable.sum())
-            data.refuse_if_corrupt()
+        if self.data is not None:
+            self.data.unreadable = p.reduce(self.data.unreadable, "MAX")
+            row["unreadable"] = int(self.data.unreadable.sum())
+            self.data.refuse_if_corrupt()
         self.sums.zero_()
-        self.since, self.clock = done, (done, time.time())
+        self.since = done
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
         return row
 
@@ -1995,15 +1974,13 @@ class TrainingRun:
 
     def _cut_log(self) -> None:
         """log.csv goes back to the checkpoint's step: what was logged after it will happen again."""
-        path, rows = self.folder / "log.csv", []
+        path, rows, text = self.folder / "log.csv", [], io.StringIO()
         if self.step and path.exists():
             with open(path, newline="", errors="replace") as file:
                 rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
-            rows = [row for row in rows if int(row["step"]) <= self.step]
-        text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row for row in rows if int(row["step"]) <= self.step)
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
     # Saving and resuming
@@ -2014,17 +1991,18 @@ class TrainingRun:
         last.pt is whole at every moment: the new file is complete before it takes the place of the old one.
         """
         sums = self.processes.reduce(self.sums) / self.processes.world
-        if self.processes.rank == 0:
-            training = {"step": self.step, "settings": self.settings, "optimizer": self.optimizer.state_dict()}
-            training |= {"ema_updates": self.ema.updates if self.ema else 0, "scaler": vars(self.scaler)}
-            training |= {"sums": sums, "since": self.since}
-            new, last = self.folder / "new.pt", self.folder / "last.pt"
-            save_checkpoint(new, self.model, self.ema.model if self.ema else None, training)
-            if last.exists():
-                _second_name(last, self.folder / "previous.pt")
-            os.replace(new, last)
-            if self.args.keep_every and self.step % self.args.keep_every == 0:
-                _second_name(last, self.folder / f"step-{self.step}.pt")
+        if self.processes.rank > 0:
+            return
+        training = {"step": self.step, "since": self.since, "sums": sums, "settings": self.settings}
+        training |= {"optimizer": self.optimizer.state_dict(), "scaler": vars(self.scaler)}
+        training["ema_updates"] = self.ema.updates if self.ema else 0
+        new, last = self.folder / "new.pt", self.folder / "last.pt"
+        save_checkpoint(new, self.model, self.ema.model if self.ema else None, training)
+        if last.exists():
+            _second_name(last, self.folder / "previous.pt")
+        os.replace(new, last)
+        if self.args.keep_every and self.step % self.args.keep_every == 0:
+            _second_name(last, self.folder / f"step-{self.step}.pt")
 
     def _restore(self) -> None:
         """Goes on from last.pt, or from previous.pt if that is not whole, bit for bit; nothing in a new folder."""
@@ -2041,12 +2019,11 @@ class TrainingRun:
             before = training.get("settings", {})
             changed = [f"{k} was {before.get(k)}, is {v}" for k, v in self.settings.items() if before.get(k) != v]
             if changed:
-                raise ValueError(
-                    f"{path}: another run ({'; '.join(changed[:6])}); choose another --out, or --resume never"
-                )
+                difference = "; ".join(changed[:6])
+                raise ValueError(f"{path}: another run ({difference}); choose another --out, or --resume never")
             self.model.load_state_dict(checkpoint["model"])
-            if self.ema is not None:
-                self.ema.model.load_state_dict(checkpoint["ema"])
+            if self.ema:
+                self.ema.model.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
                 self.ema.updates = training["ema_updates"]
             self.optimizer.load_state_dict(training["optimizer"])
             vars(self.scaler).update(training["scaler"] | {"enabled": self.scaler.enabled})
@@ -2054,12 +2031,6 @@ class TrainingRun:
             return
         if problems:
             raise ValueError("; ".join(problems))
-
-    def _remember_signal(self, number, frame) -> None:
-        # A second Ctrl-C does not wait for the step to end. torchrun passes the first one on, so there it says nothing.
-        if self.received == number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise KeyboardInterrupt
-        self.received = number
 
 
 def _second_name(path: Path, name: Path) -> None:

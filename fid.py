@@ -269,7 +269,7 @@ class ImageSet:
     def __init__(self, path: str | Path):
         self.path, self.files, self.statistics, self.count, self.shape = Path(path), [], {}, 0, None
         if self.path.is_dir():
-            self.files = dar.list_images(self.path)
+            self.files = [self.path / name for name in dar.list_images(self.path)]
             self.count, self.shape = len(self.files), self.load(self.files[0]).shape
         else:
             with npz_trouble(path):
@@ -368,13 +368,12 @@ def main():
     looked = [images for images in sets if images.count]
     if len({images.shape for images in looked}) > 1:
         raise ValueError(f"images differ in size: {', '.join(f'{images.path} {images.shape}' for images in looked)}")
-    rank, world, device = dar.init_distributed(device)
+    device, rank, world = dar.Processes.start(device)
     model = looked and load_inception(args.weights).to(device, torch.float16 if args.half else torch.float32)
     for images in looked:
         if rank == 0 and images.count < 2048 and "mu" not in images.statistics:
             print(f"warning: FID is biased below 2048 images; {images.path} has {images.count}", file=sys.stderr)
         look_at(images, model, args.batch_size, device, rank, world)
-    dar.end_distributed()
     if rank == 0 and args.save_stats:
         dar.write_atomically(args.save_stats, lambda file: np.savez(file, **sets[0].statistics))
     if rank > 0 or args.samples is None:

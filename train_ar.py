@@ -49,10 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--on-the-fly", action="store_true", help="tokenize at every step instead of once: no RUN/codes, but slower")
     add("--cfg", type=float, nargs="+", default=[1.1, 4.0], help="of the pictures: one number, or start and end")
     args = parser.parse_args()
-    dar.check_training_arguments(args, RECIPES[args.preset])
-    for name, least in dict(weight_decay=0, dropout=0, class_dropout=0, epochs=0).items():
-        if not getattr(args, name) >= least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+    recipe = RECIPES[args.preset]
+    dar.check_training_arguments(args, recipe, weight_decay=0, dropout=0, class_dropout=0, epochs=0)
     return args
 
 
@@ -133,7 +131,7 @@ def extract_codes(
             np.lib.format.open_memmap(bad_path, "w+", np.uint8, (len(data),)).flush()
             dar.write_atomically(manifest_path, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
 
-    processes.in_turn(prepare)
+    processes.first_alone(prepare)
     codes, done, bad = (np.lib.format.open_memmap(p, "r+") for p in (path, done_path, bad_path))
     missing = [i for i in range(processes.rank, chunks, processes.world) if not done[i]]
     for i in tqdm(missing, desc=f"tokenizing {data.source}", disable=processes.rank > 0 or not missing, unit="chunk"):
@@ -216,7 +214,7 @@ def main() -> int:
     dar.guidance_schedule(cfg, 1)  # refuses now what the first picture would stumble over
     tokenizer = dar.load_tokenizer(args.tokenizer, device)
     t, digest = tokenizer.config, fingerprint(tokenizer)
-    data = processes.in_turn(lambda: dar.ImageData(args.data, t.image_size, listing=folder / "images.list"))
+    data = processes.first_alone(lambda: dar.ImageData(args.data, t.image_size, listing=folder / "images.list"))
     args.steps = args.steps or max(1, int(args.epochs * len(data) / args.batch))
     codes = None if args.on_the_fly else extract_codes(tokenizer, digest, data, folder / "codes", False, processes)
     if args.val:

@@ -53,10 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--prefetch", action="store_true", help="download what LPIPS and REPA need, say where it lies, and stop")
     args = parser.parse_args()
     if not args.prefetch:
-        dar.check_training_arguments(args, RECIPES[args.preset])
-        for name, least in dict(times=1, codebook_warmup=0, decay=0, lpips=0, repa=0).items():
-            if not getattr(args, name) >= least:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+        recipe = RECIPES[args.preset]
+        dar.check_training_arguments(args, recipe, times=1, codebook_warmup=0, decay=0, lpips=0, repa=0)
     return args
 
 
@@ -88,10 +86,7 @@ def random_crop(image, rng: np.random.Generator, size: int, flip: bool):
             image = dar.center_crop(image, size)
         else:
             larger = int(rng.integers(size, int(1.25 * size) + 1))
-            while min(image.size) >= 2 * larger:
-                image = image.resize((image.width // 2, image.height // 2), dar.Image.BOX)
-            scale = larger / min(image.size)
-            image = image.resize((round(image.width * scale), round(image.height * scale)), dar.Image.BICUBIC)
+            image = dar.shrink(image, larger)
             x, y = rng.integers(0, image.width - size + 1), rng.integers(0, image.height - size + 1)
             image = image.crop((x, y, x + size, y + size))
     return image.transpose(dar.Image.FLIP_LEFT_RIGHT) if flip and rng.random() < 0.5 else image
@@ -270,10 +265,10 @@ def main() -> int:
     config = build_config(args)
     processes = dar.Processes.start(dar.pick_device(args.device))
     device, listing = processes.device, dar.Path(args.out) / "images.list"
-    data = processes.in_turn(lambda: dar.ImageData(args.data, config.image_size, listing=listing))
+    data = processes.first_alone(lambda: dar.ImageData(args.data, config.image_size, listing=listing))
     val = dar.ImageData(args.val, config.image_size, held_out=True) if args.val else None
-    perceptual = processes.in_turn(lambda: load_lpips(args.vgg).to(device)) if args.lpips else None
-    dinov2 = processes.in_turn(lambda: load_dinov2(args.dinov2_repo, args.dinov2).to(device)) if args.repa else None
+    perceptual = processes.first_alone(lambda: load_lpips(args.vgg).to(device)) if args.lpips else None
+    dinov2 = processes.first_alone(lambda: load_dinov2(args.dinov2_repo, args.dinov2).to(device)) if args.repa else None
     repa_grid = min(config.image_size // config.diffusion_patch, dar.DiffusionDecoder.REPA_GRID)
 
     torch.manual_seed(args.seed)
