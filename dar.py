@@ -178,13 +178,6 @@ class VectorQuantizer(nn.Module):
             codes = [(chunk @ codebook.T).argmax(-1) for chunk in flat.split(rows)]
         return torch.cat(codes).view(f.shape[:-1])
 
-    @torch.no_grad()
-    def start_from(self, f: Tensor) -> None:
-        """Sets the codes to features drawn at random from f [..., D] (again and again if there are fewer than V)."""
-        flat = F.normalize(f.float().reshape(-1, f.shape[-1]), dim=-1)
-        order = torch.randperm(len(flat)).repeat(-(-len(self.embedding.weight) // len(flat)))
-        self.embedding.weight.copy_(flat[order[: len(self.embedding.weight)].to(flat.device)])
-
     def forward(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features [B, N, D] -> (z [B, N, D], codes int64 [B, N], vq loss, commitment loss).
 
@@ -274,15 +267,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
         self.q_norm, self.k_norm = (nn.LayerNorm(HEAD_DIM, eps=EPS) for _ in range(2))
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        rope: Tensor | None = None,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context=None, rope=None, mask=None, causal=False, cache=None) -> Tensor:
         """x [B, n, C] attends to itself, or to context [B, m, C]; -> [B, n, C].
 
         rope [n, 32, 2] turns the queries, and the keys too unless they come from a context. mask (bool [n, n], true
@@ -422,13 +407,9 @@ class DiffusionDecoder(nn.Module):
         self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(depth))
         self.patch_out = nn.Linear(width, 3 * patch_size**2)
         if repa_layer is not None:
-            hidden = self.REPA_HIDDEN
+            h = self.REPA_HIDDEN
             self.repa_head = nn.Sequential(
-                nn.Linear(width, hidden),
-                nn.SiLU(),
-                nn.Linear(hidden, hidden),
-                nn.SiLU(),
-                nn.Linear(hidden, self.REPA_WIDTH),
+                nn.Linear(width, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, self.REPA_WIDTH)
             )
         init_linears(self, init_std)
         nn.init.zeros_(self.patch_out.weight)  # zero-initialised: the first velocity is 0
@@ -506,9 +487,7 @@ class TokenizerConfig:
     diffusion_layers: int = 12
     num_steps: int = 0  # sampling steps S; 0 means S = K, as in eq. 8
     time_shift: float = 2.0  # beta of eq. 5 and 8
-    data_scale: float = (
-        0.6  # x1 = data_scale · image. The paper's eq. 4 says 1; its released weights were trained with 0.6
-    )
+    data_scale: float = 0.6  # x1 = data_scale · image; 1 in the paper's eq. 4, 0.6 in its released weights
     group_rule: str = "ceil"  # eq. 5; "nearest" is what the released weights were trained with (condition_group)
     repa_layer: int | None = 8  # REPA reads the state entering this diffusion block; None: no REPA head
     commit_weight: float = 0.25  # beta of appendix I
@@ -516,14 +495,11 @@ class TokenizerConfig:
     max_tokens: int = 1024  # rows of the query and position tables, of which the first N are used
 
     def __post_init__(self):
-        _check_fields(
-            self, may_be_zero=("num_steps", "repa_layer", "commit_weight", "encoder_layers", "decoder_layers")
-        )
+        optional = ("num_steps", "repa_layer", "commit_weight", "encoder_layers", "decoder_layers")
+        _check_fields(self, may_be_zero=optional)
         for name in ("encoder_patch", "diffusion_patch"):
             if self.image_size % getattr(self, name):
-                raise ValueError(
-                    f"image size {self.image_size} is no multiple of {name} = {getattr(self, name)}; choose one"
-                )
+                raise ValueError(f"image size {self.image_size} is no multiple of {name} = {getattr(self, name)}")
         if self.num_tokens % self.num_groups:
             raise ValueError(f"N = {self.num_tokens} tokens do not divide into K = {self.num_groups} equal groups")
         if self.num_tokens > self.max_tokens:
@@ -536,6 +512,11 @@ class TokenizerConfig:
     def group_size(self) -> int:
         """Tokens in a group, N / K."""
         return self.num_tokens // self.num_groups
+
+
+def _check_range(what: str, numbers: Tensor, count: int) -> None:
+    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+        raise ValueError(f"{what} from {int(numbers.min())} to {int(numbers.max())}: expected 0 ... {count - 1}")
 
 
 TOKENIZER_PRESETS = {
@@ -559,6 +540,7 @@ TOKENIZER_PRESETS = {
         init_std=0.08,
     ),
 }
+TOKENIZER_PRESETS["cifar10"] = dataclasses.replace(TOKENIZER_PRESETS["tiny"], time_shift=4.0)  # of the shipped model
 
 
 @functools.lru_cache(maxsize=32)
@@ -740,21 +722,16 @@ class SequentialDiffusionTokenizer(nn.Module):
     def _check_size(self, images: Tensor, what: str, patch: int) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"{what} of shape {list(images.shape)}: expected [B, 3, H, W]")
-        if images.shape[2] % patch or images.shape[3] % patch or 0 in images.shape[2:]:
-            raise ValueError(
-                f"{what} of {images.shape[3]}x{images.shape[2]} pixels: expected multiples of the patch size {patch}"
-            )
+        height, width = images.shape[2:]
+        if height % patch or width % patch or not height * width:
+            raise ValueError(f"{what} of {width}x{height} pixels: expected multiples of the patch size {patch}")
 
     def _check_codes(self, codes: Tensor) -> None:
         c = self.config
         if codes.ndim != 2 or codes.shape[1] > c.num_tokens or codes.dtype != torch.int64:
-            raise ValueError(
-                f"codes: {codes.dtype} {list(codes.shape)}, expected torch.int64 [B, n] with n <= {c.num_tokens}"
-            )
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < c.codebook_size:
-            raise ValueError(
-                f"codes from {int(codes.min())} to {int(codes.max())}: expected 0 ... {c.codebook_size - 1}"
-            )
+            wanted = f"torch.int64 [B, n] with n <= {c.num_tokens}"
+            raise ValueError(f"codes: {codes.dtype} {list(codes.shape)}, expected {wanted}")
+        _check_range("codes", codes, c.codebook_size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -784,6 +761,7 @@ AR_PRESETS = {
     "L": ARConfig(1024, 24),  # 343M, D-AR-L
     "XL": ARConfig(1280, 36),  # 775M, D-AR-XL: 2.09 FID in Table 3
     "tiny": ARConfig(192, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # for the "tiny" tokenizer
+    "cifar10": ARConfig(256, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # of the shipped model
 }
 
 
@@ -969,9 +947,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     if top_p < 1:
         ordered = logits.sort(descending=True).values
         probability = ordered.softmax(-1)
-        before = (
-            probability.cumsum(-1) - probability
-        )  # mass of the likelier tokens: 0 for the first, which always stays
+        before = probability.cumsum(-1) - probability  # mass of the likelier ones: 0 for the first, which always stays
         smallest = ordered.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < smallest, -math.inf)
     return logits
@@ -1012,9 +988,8 @@ def generate_groups(
 
     for i in range(count):
         if i % NOISE_BLOCK == 0 and not greedy:  # drawn under a prefix too: the noise of token i is always the same
-            noise = [
-                torch.empty(NOISE_BLOCK, c.vocab_size, device=device).exponential_(generator=g) for g in generators
-            ]
+            shape = (NOISE_BLOCK, c.vocab_size)
+            noise = [torch.empty(shape, device=device).exponential_(generator=g) for g in generators]
             gumbel = -torch.stack(noise, 1).log()  # [32, B, V]
         if i >= given:
             if i == given:  # the class and the prefix in one pass
@@ -1039,10 +1014,7 @@ def _check_generation(ar, labels, count, temperature, top_k, top_p, prefix) -> T
         raise ValueError(f"num_tokens = {count}: the model draws 1 ... {c.num_tokens}")
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: {labels.dtype} {list(labels.shape)}, expected torch.int64 [B]")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= c.num_classes:
-        raise ValueError(
-            f"class out of range in {labels.tolist()}: expected 0 ... {c.num_classes} (the last: no class)"
-        )
+    _check_range("labels", labels, c.num_classes + 1)
     if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected > 0, >= 0, and in (0, 1]")
     if prefix is None:
@@ -1051,13 +1023,8 @@ def _check_generation(ar, labels, count, temperature, top_k, top_p, prefix) -> T
         raise ValueError(f"prefix of shape {list(prefix.shape)}: expected [n] or [B, n] with B = {len(labels)}")
     prefix = prefix.to(labels.device).expand(len(labels), -1)
     if prefix.dtype != torch.int64 or prefix.shape[1] > count:
-        raise ValueError(
-            f"prefix: {prefix.dtype} [B, {prefix.shape[1]}], expected torch.int64 of at most {count} tokens"
-        )
-    if prefix.numel() and not 0 <= int(prefix.min()) <= int(prefix.max()) < c.vocab_size:
-        raise ValueError(
-            f"prefix tokens from {int(prefix.min())} to {int(prefix.max())}: expected 0 ... {c.vocab_size - 1}"
-        )
+        raise ValueError(f"prefix: {prefix.dtype} [B, {prefix.shape[1]}], expected torch.int64, at most {count} tokens")
+    _check_range("prefix tokens", prefix, c.vocab_size)
     return prefix
 
 
@@ -1191,13 +1158,7 @@ def read_checkpoint(path: str | Path) -> dict:
     return data
 
 
-def save_checkpoint(
-    path: str | Path,
-    model: nn.Module,
-    ema: nn.Module | None = None,
-    training: dict | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
+def save_checkpoint(path: str | Path, model: nn.Module, ema=None, training: dict | None = None, dtype=None) -> None:
     """Writes a tokenizer or a Llama, with its tokenizer and class names if it has them, in the project's format.
 
     ema: the averaged weights, which loading prefers. training: plain data for resuming. dtype: of weights, else kept.
@@ -1408,9 +1369,7 @@ def _assign(model_class, config, state: dict, device: torch.device, dtype: torch
         value = state[name]
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
             wrong.append(f"{name} is no dense tensor of floats")
-        elif (
-            value.is_meta or value.untyped_storage().nbytes() < value.nbytes
-        ):  # it would need more memory than the file
+        elif value.is_meta or value.untyped_storage().nbytes() < value.nbytes:  # more memory than the file has
             wrong.append(f"{name} claims {value.numel()} numbers that are not in the file")
         elif value.shape != expected[name].shape:
             wrong.append(f"{name} has shape {list(value.shape)}, expected {list(expected[name].shape)}")

@@ -144,19 +144,6 @@ def test_a_step_against_either_gradient_lowers_the_loss():
         assert vq(f)[2] < before
 
 
-@pytest.mark.parametrize("count", [20, 64, 200])
-def test_codes_may_start_as_features_drawn_at_random(count):
-    vq, f = quantizer(), torch.randn(2, count // 2, 8)
-    vq.start_from(f)
-    same = torch.isclose(vq.codebook()[:, None], F.normalize(f, dim=-1).view(count, 8), atol=1e-6).all(
-        -1
-    )  # [64, count]
-    assert (same.sum(1) == 1).all()
-    times = same.sum(0)  # how often each feature was drawn
-    assert times.max() - times.min() <= 1 and times.sum() == 64
-    assert not torch.equal(same.int().argmax(1) % count, torch.arange(64) % count)  # not in order
-
-
 def test_everything_stays_float32_under_bfloat16_autocast():
     vq, f = quantizer(1024), torch.randn(4, 200, 8)
     z, codes, vq_loss, commit = vq(f)
