@@ -165,7 +165,7 @@ def build(model_class, config, device, dtype):
     model = model.to_empty(device=device).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    return model.eval()
+    return dar.pack_linears(model.eval())
 
 
 def tokenizer_rows(name: str, args, limits: Limits):
@@ -191,12 +191,14 @@ def tokenizer_rows(name: str, args, limits: Limits):
 def ar_rows(name: str, args, limits: Limits):
     c, device = dar.AR_PRESETS[name], limits.device
     ar = build(dar.ARTransformer, c, device, limits.dtype)
-    weights = sum(p.nbytes for n, p in ar.named_parameters() if "embedding" not in n)
+    hidden = -(-(8 * c.width // 3) // 256) * 256
+    layer = 4 * c.width**2 + 3 * c.width * hidden
+    weights = (c.layers * layer + c.width * c.vocab_size) * ar.tok_embeddings.weight.element_size()
     count = min(args.tokens, c.num_tokens)
     for batch in args.batch:
         for cfg, half in ((4.0, 2), (None, 1)):
             # A token reads every weight once, and the keys and values of all tokens before it once: count/2 on average.
-            cache = half * batch * c.layers * 2 * c.width * (count + 1) / 2 * ar.output.weight.element_size()
+            cache = half * batch * c.layers * 2 * c.width * (count + 1) / 2 * ar.tok_embeddings.weight.element_size()
             reading = (weights + cache) / limits.bytes()
             multiplying = half * batch * ar_operations(c, count) / count / limits.operations(half * batch, c.width)
             labels = torch.zeros(batch, dtype=torch.int64, device=device)

@@ -155,7 +155,33 @@ def test_fewer_queries_than_keys_stand_at_the_last_places(n):
     q, k, v = torch.randn(3, 2, 2, 8, 64)
     score = (q @ k.transpose(-1, -2) / 8).masked_fill(~torch.ones(8, 8, dtype=torch.bool).tril(), -math.inf)
     expected = (score.softmax(-1) @ v)[:, :, -n:]
-    torch.testing.assert_close(dar.causal_attention(q[:, :, -n:], k, v), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dar.attend(q[:, :, -n:], k, v, causal=True), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal, n", [(False, 8), (True, 8), (True, 3), (False, 1100)])
+def test_bfloat16_on_a_cpu_attends_as_float32_does(causal, n):
+    """It is written out there; 1100 queries make three parts."""
+    q, k, v = torch.randn(3, 2, 2, n, 64).bfloat16()
+    q = q[:, :, -5:] if causal else q
+    mask = None if causal else (torch.rand(n, n) < 0.5).logical_or(torch.eye(n, dtype=torch.bool))
+    found = dar.attend(q, k, v, mask, causal)
+    expected = dar.attend(q.float(), k.float(), v.float(), mask, causal)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.02)
+
+
+def test_packed_linears_multiply_as_linears_do(random_weights):
+    net = random_weights(
+        torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Sequential(torch.nn.Linear(96, 8, bias=False)))
+    )
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        plain = dar.copy.deepcopy(net).to(dtype)
+        packed = dar.pack_linears(dar.copy.deepcopy(plain))
+        assert packed[1][0].weight.is_mkldnn and packed[0].weight.dtype == dtype
+        for rows in (1, 4, 300):
+            x = torch.randn(2, rows, 64, dtype=dtype)
+            torch.testing.assert_close(packed(x), plain(x), rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()
