@@ -3,7 +3,7 @@
 The small model that ships here: python sample.py
 Some classes, and how they come: python sample.py --classes dog ship 7 --cfg 1.1 6 --seed 100 --trajectory --gif
 Another picture's layout:        python sample.py --prefix-image photo.jpg --classes dog ship truck --out layout.png
-A set for FID, on eight GPUs:    torchrun --nproc_per_node=8 sample.py --num 50000 --balanced --npz samples.npz
+A set for FID, on eight GPUs:    torchrun --nproc_per_node=8 -- sample.py --num 50000 --balanced --npz set.npz
 Reconstructions for rFID:        python sample.py --reconstruct photos/ --npz ours.npz --reference-npz theirs.npz
 The authors' released weights:   python sample.py --ckpt D-AR-XL-360K.pt --tokenizer D-AR-tokenizer_v1.pt --cfg 1.1 10
 """
@@ -202,7 +202,7 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
         outputs[args.gif] = grids[0], dict(save_all=True, append_images=grids[1:], **times)
     for file, (picture, options) in outputs.items():
         save_picture(picture, file, **options)
-    print(f"{len(captions)} pictures in {', '.join(map(str, outputs))}")
+    print(f"wrote {', '.join(map(str, outputs))}")
     if stopped:
         raise stopped
 
