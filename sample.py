@@ -1,14 +1,26 @@
 """Draws pictures: the Llama writes tokens, and every finished group of them takes a denoising step at once.
 
 The small model that ships here: python sample.py
-Some classes, more guidance:     python sample.py --classes dog ship 7 --num 12 --cfg 1.1 6 --seed 100
-A model of your own:             python sample.py --ckpt runs/ar/last.pt
+Some classes, and how they come: python sample.py --classes dog ship 7 --cfg 1.1 6 --seed 100 --trajectory --gif
+Another picture's layout:        python sample.py --prefix-image photo.jpg --classes dog ship truck --out layout.png
+A set for FID, on eight GPUs:    torchrun --nproc_per_node=8 -- sample.py --num 50000 --balanced --npz set.npz
+Reconstructions for rFID:        python sample.py --reconstruct photos/ --npz ours.npz --reference-npz theirs.npz
 The authors' released weights:   python sample.py --ckpt D-AR-XL-360K.pt --tokenizer D-AR-tokenizer_v1.pt --cfg 1.1 10
 """
 
 import argparse
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -22,71 +34,109 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--ckpt",
-        default=str(SHIPPED),
-        help="Llama checkpoint, ours or a released one (default: the CIFAR-10 model here)",
-    )
-    add("--tokenizer", help="tokenizer checkpoint, where the Llama's file does not carry one")
-    add("--classes", nargs="+", help="class names or numbers, repeated in turn (default: all)")
-    add("--num", type=int, default=16, help="how many pictures (default: 16)")
-    add(
-        "--cfg",
-        nargs="+",
-        default=["1.1", "4.0"],
-        help="guidance: one number, start and end, or 'none' (default: 1.1 4)",
-    )
+    add("--ckpt", default=str(SHIPPED), help="Llama checkpoint, ours or a released one (default: the CIFAR-10 model)")
+    add("--tokenizer", metavar="FILE", help="tokenizer checkpoint, where the Llama's file does not carry one")
+    add("--classes", nargs="+", help="class names or numbers (default: all)")
+    add("--num", type=int, help="how many pictures, their classes in turn (default: 16)")
+    add("--cfg", nargs="+", default=["1.1", "4"], help="guidance: a number, start and end, or none (default: 1.1 4)")
     add("--seed", type=int, default=0, help="of the first picture; the next ones count up (default: 0)")
-    add("--out", default="samples.png", help="picture file (default: samples.png)")
+    add("--tokens", type=int, metavar="N", help="draw only the first N tokens and show the preview (Table 5)")
     add("--steps", type=int, help="denoising steps (default: the tokenizer's, one for each group)")
     add("--solver", default="ab2", choices=["ab2", "euler"])
     add("--temperature", type=float, default=1.0)
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default: 0, all)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (default: 1, all)")
-    add("--batch", type=int, default=16, help="pictures drawn at once (default: 16)")
+    add("--batch", type=int, default=16, help="pictures drawn at once, in each process (default: 16)")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (default: float32)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--threads", type=int, help="of the CPU, in each process (default: 1 for sets, all for pictures)")
     add("--save-bundle", metavar="FILE", help="write model and tokenizer into one file, in --dtype, and stop")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--out", type=Path, default=Path("samples.png"), help="the labelled grid (default: samples.png)")
+    some = dict(type=Path, nargs="?", const="", metavar="FILE")
+    add("--trajectory", **some, help="a row a picture, a column a group's preview, the result last (default: --out)")
+    add("--gif", **some, help="the same as an animation (default: --out with the ending .gif)")
+    about = "keep the first tokens of a picture: a row for each number of them, a column for each class"
+    add = parser.add_argument_group("layout control, Fig. 6 and 12", about).add_argument
+    add("--prefix-image", type=Path, metavar="FILE", help="the picture, any image file")
+    add("--prefix-class", metavar="CLASS", help="or one that is drawn: its class ...")
+    add("--prefix-seed", type=int, metavar="SEED", help="... and seed")
+    add("--prefix-tokens", type=int, nargs="+", metavar="N", help="how many (default: 1/8, 1/4, 3/8, 1/2 of all)")
+    about = "the same bytes for any number of processes (torchrun); the same command continues a stopped set"
+    add = parser.add_argument_group("sets of pictures", about).add_argument
+    add("--npz", type=Path, metavar="FILE", help="pictures as uint8 [num, H, W, 3] in arr_0, class numbers in arr_1")
+    add("--folder", type=Path, metavar="DIR", help="or as NUMBER-CLASS.png in a new folder")
+    add("--balanced", action="store_true", help="classes in turn, not at random")
+    add("--reconstruct", type=Path, metavar="DIR", help="encode and decode the images below DIR into --npz instead")
+    add("--reference-npz", type=Path, metavar="FILE", help="those images as they were encoded, cropped as ADM does")
     return parser.parse_args()
 
 
-def parse_guidance(words: list[str]) -> float | tuple[float, float] | None:
-    if words == ["none"]:
-        return None
+def check_arguments(args: argparse.Namespace) -> None:
+    """Brings the arguments into their final form; ValueError naming what can be seen to be wrong before loading."""
     try:
-        values = tuple(float(word) for word in words)
+        args.cfg = None if args.cfg == ["none"] else [float(word) for word in 2 * args.cfg][: max(2, len(args.cfg))]
+        dar.guidance_schedule(args.cfg, 1)
     except ValueError:
-        values = ()
-    if len(values) not in (1, 2):
-        raise ValueError(f"--cfg {' '.join(words)}: expected one number, start and end, or 'none'")
-    return values if len(values) == 2 else values[0]
+        raise ValueError(f"--cfg {' '.join(map(str, args.cfg))}: expected a number, start and end, or 'none'") from None
+    for name in ("num", "batch", "threads", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    dar.resolve_seeds([args.seed, args.seed + (args.num or 16) - 1], 2)
+    args.trajectory = args.out if args.trajectory == Path() else args.trajectory
+    args.gif = args.out.with_suffix(".gif") if args.gif == Path() else args.gif
+    drawn = args.prefix_class is not None, args.prefix_seed is not None
+    args.layout = bool(args.prefix_image or any(drawn) or args.prefix_tokens)
+    if args.layout and bool(args.prefix_image) + sum(drawn) / 2 != 1:
+        raise ValueError("which picture's layout? give --prefix-image, or --prefix-class and --prefix-seed")
+    a_set, pictures = args.npz or args.folder, args.layout or args.trajectory or args.gif
+    if args.npz and args.folder or a_set and pictures:
+        raise ValueError("--npz, --folder, and pictures (--trajectory, --gif, --prefix-...): choose one")
+    if (
+        args.reconstruct
+        and len({args.npz, args.reference_npz, None}) < 3
+        or args.reference_npz
+        and not args.reconstruct
+    ):
+        raise ValueError("--reconstruct DIR, --npz FILE and --reference-npz FILE go together")
+    wanted = {".npz"} if a_set else dar.IMAGE_SUFFIXES
+    for file in filter(None, [args.npz, args.reference_npz] if a_set else [args.out, args.trajectory, args.gif]):
+        if file.suffix.lower() not in wanted or not file.resolve().parent.is_dir():
+            raise ValueError(f"{file}: expected a name ending in {' '.join(sorted(wanted))}, in a folder that exists")
 
 
 def class_names(ar: dar.ARTransformer) -> list[str]:
     """The checkpoint's own names; ImageNet's, from torchvision, if there are 1000 and none; numbers otherwise."""
-    if ar.class_names is not None:
-        return ar.class_names
-    if ar.config.num_classes == 1000:
+    if ar.class_names is None and ar.config.num_classes == 1000:
         from torchvision.models import ResNet18_Weights
 
         return ResNet18_Weights.DEFAULT.meta["categories"]
-    return [str(i) for i in range(ar.config.num_classes)]
+    return ar.class_names or [str(i) for i in range(ar.config.num_classes)]
 
 
-def parse_classes(words: list[str] | None, names: list[str]) -> list[int]:
-    """Names or numbers -> class numbers. Raises ValueError naming the one that does not exist."""
-    if words is None:
-        return list(range(len(names)))
-    found, lower = [], [name.lower() for name in names]
-    for word in words:
-        if word.lower() in lower:
-            found.append(lower.index(word.lower()))
-        elif word.isdigit() and int(word) < len(names):
-            found.append(int(word))
-        else:
-            known = ", ".join(names) if len(names) <= 20 else f"ImageNet's names, or numbers up to {len(names) - 1}"
-            raise ValueError(f"--classes {word}: no such class; there are 0 ... {len(names) - 1} ({known})")
-    return found
+def parse_classes(words: list[str] | None, names: list[str], option: str = "--classes") -> list[int]:
+    """Names or numbers -> class numbers; all if words is None. Raises ValueError naming the one that does not exist."""
+    numbers = {str(i): i for i in range(len(names))} | {names[i].lower(): i for i in reversed(range(len(names)))}
+    for word in words or ():
+        if word.lower() not in numbers:
+            known = ", ".join([*names[:20], "..."][: len(names)])
+            raise ValueError(f"{option} {word}: no such class; there are 0 ... {len(names) - 1} ({known})")
+    return list(range(len(names))) if words is None else [numbers[word.lower()] for word in words]
+
+
+def stream(ar, args, labels: list[int], seeds: list[int], prefix=None, tokens=None) -> Iterator[dar.StreamStep]:
+    """dar.stream with the command line's settings, up to --tokens; x is the preview until all are drawn."""
+    total, group, tokens = ar.config.num_tokens, ar.tokenizer.config.group_size, tokens or args.tokens
+    if tokens is not None and (tokens % group or not 0 < tokens <= total):
+        raise ValueError(f"--tokens {tokens}: expected a multiple of {group}, up to {total}")
+    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, prefix=prefix)
+    labels = torch.tensor(labels, device=ar.output.weight.device)
+    steps = dar.stream(ar, ar.tokenizer, labels, args.cfg, seeds, None, args.steps, args.solver, **sampling)
+    for step in itertools.islice(steps, (tokens or total) // group):
+        yield step if step.codes.shape[1] == total else step._replace(x=step.preview)
+
+
+# Pictures
 
 
 def labelled_grid(images: torch.Tensor, labels: list[str], columns: int) -> Image.Image:
@@ -94,8 +144,7 @@ def labelled_grid(images: torch.Tensor, labels: list[str], columns: int) -> Imag
     zoom = max(1, 96 // images.shape[-1])
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     size, line = images.shape[-1], 16
-    padded = torch.nn.functional.pad(images, (2, 2, 2, line), value=1.0)
-    picture = dar.tile(padded, columns, gap=0)
+    picture = dar.tile(torch.nn.functional.pad(images, (2, 2, 2, line), value=1.0), columns, gap=0)
     draw = ImageDraw.Draw(picture)
     for i, name in enumerate(labels):
         x, y = i % columns * (size + 4) + 2, i // columns * (size + 2 + line) + size + 3
@@ -105,50 +154,245 @@ def labelled_grid(images: torch.Tensor, labels: list[str], columns: int) -> Imag
     return picture
 
 
-def load(args: argparse.Namespace, device: torch.device) -> dar.ARTransformer:
-    dtype = None if args.save_bundle else DTYPES[args.dtype]
-    if dtype == torch.float16 and device.type == "cpu":
-        raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
-    if args.ckpt == str(SHIPPED) and not SHIPPED.exists():
-        raise FileNotFoundError(f"{SHIPPED}: the model that ships with the repository is missing; give one with --ckpt")
-    tokenizer = dar.load_tokenizer(args.tokenizer, device, dtype) if args.tokenizer else None
-    ar = dar.load_ar(args.ckpt, device, dtype, tokenizer=tokenizer)
-    if ar.tokenizer is None:
-        raise ValueError(f"{args.ckpt}: carries no tokenizer; give the one it was trained with as --tokenizer FILE")
-    return ar
+def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
+    """The grid, the trajectories and the animation. After Ctrl-C they show the batches that were finished."""
+    classes, total, group = parse_classes(args.classes, names), ar.config.num_tokens, ar.tokenizer.config.group_size
+    num, kept, codes, stopped = args.num or 16, [0], None, None
+    if args.layout:
+        num, kept = args.num or min(len(classes), 8), args.prefix_tokens or [total * k // 8 for k in range(1, 5)]
+        if not 0 <= min(kept) <= max(kept) <= total:
+            raise ValueError(f"--prefix-tokens {' '.join(map(str, kept))}: expected numbers from 0 to {total}")
+        if args.prefix_image:
+            source = load_crops([args.prefix_image], ar.tokenizer.config.image_size)
+            codes = ar.tokenizer.encode(source.to(ar.output.weight.device))[0]
+        else:
+            label = parse_classes([args.prefix_class], names, "--prefix-class")
+            *_, step = stream(ar, args, label, [args.prefix_seed], tokens=total)
+            source, codes = step.x.cpu(), step.codes[0]
+    labels = [classes[i % len(classes)] for i in range(num)]
+    frames, captions = [], []  # frames: [K + 1, n, 3, H, W], the previews and the result; or [1, n, ...], the result
+    length = (args.tokens or total) // group + 1 if args.trajectory or args.gif else 1
+    try:
+        with tqdm(total=num * len(kept) * (args.tokens or total), unit="token", dynamic_ncols=True) as bar:
+            for n, start in itertools.product(kept, range(0, num, args.batch)):
+                which, previews = range(start, min(start + args.batch, num)), []
+                prefix = codes[:n] if args.layout else None
+                for step in stream(ar, args, labels[start : which.stop], [args.seed + i for i in which], prefix):
+                    previews.append(step.preview.cpu())
+                    bar.update(len(which) * group)
+                if args.layout and start == 0:  # each row begins with the picture of which it keeps n tokens
+                    frames.append(source.expand(length, 1, -1, -1, -1))
+                    captions.append(f"{n} of {total} kept")
+                frames.append(torch.stack([*previews, step.x.cpu()][-length:]))
+                captions += [names[label] for label in labels[start : which.stop]]
+    except KeyboardInterrupt as caught:
+        stopped = caught
+    if not frames:
+        raise stopped
+    frames, columns = torch.cat(frames, 1), num + 1
+    if not args.layout:
+        columns = len(classes) if len(classes) <= 10 and num % len(classes) == 0 else min(num, 8)
+    grids = [labelled_grid(frame, captions, columns) for frame in frames]
+    outputs = {args.out: (grids[-1], {})}
+    if args.trajectory:
+        under = [word for name in captions for word in [*(f"{group * k} tokens" for k in range(1, length)), name]]
+        outputs[args.trajectory] = labelled_grid(frames.transpose(0, 1).flatten(0, 1), under, length), {}
+    if args.gif:
+        times = dict(duration=[400] * (length - 1) + [2000], loop=0)  # milliseconds
+        outputs[args.gif] = grids[0], dict(save_all=True, append_images=grids[1:], **times)
+    for file, (picture, options) in outputs.items():
+        save_picture(picture, file, **options)
+    print(f"wrote {', '.join(map(str, outputs))}")
+    if stopped:
+        raise stopped
+
+
+def save_picture(picture: Image.Image, file: Path, **options) -> None:
+    kind = Image.registered_extensions()[file.suffix.lower()]
+    dar.write_atomically(file, lambda opened: picture.save(opened, kind, **options))
+
+
+# Sets
+#
+# A set is cut into batches by picture number and each process draws whole batches, so that no picture depends on how
+# many processes there are. Beside FILE.npz the folder FILE.npz.part keeps what a killed run leaves: 0.npy, pictures,
+# mapped into the memory of each process, which all fill it, and "done": a line of settings, then a byte for each batch,
+# 1 once it is in the .npy. The pictures of a --folder go to their places at once; its .part has no .npy.
+
+
+def alone(processes: tuple[int, int, torch.device], action: Callable[[], None]) -> None:
+    """Runs action in the first process while the others wait. If it fails all end, and the first one says why."""
+    (rank, world, device), error = processes, None
+    try:
+        if rank == 0:
+            action()
+    except (ValueError, OSError) as caught:
+        error = caught
+    failed = torch.tensor(error is not None, dtype=torch.int32, device=device)
+    if world > 1:
+        torch.distributed.broadcast(failed, 0)
+    if failed:
+        raise error or SystemExit(2)
+
+
+def begin_set(files: list[Path], part: Path, shape: tuple[int, ...], args, models: list[torch.nn.Module]) -> None:
+    """Creates the part folder, or finds that it holds this very set. Raises ValueError naming what is in the way."""
+    digest = hashlib.sha256(str([model.config for model in models]).encode())
+    for value in (value for model in models for value in model.state_dict().values()):
+        digest.update(value.flatten().view(torch.uint8).cpu().numpy())
+    names = vars(args).keys() - {"ckpt", "tokenizer", "out", "npz", "reference_npz", "folder", "save_bundle"}
+    now = {name: str(getattr(args, name)) for name in sorted(names)} | {"weights": digest.hexdigest()[:16]}
+    before, _, marks = (part / "done").read_text().partition("\n") if (part / "done").exists() else ("{}", "", "")
+    was = json.loads(before)
+    if was == now:
+        return
+    if "\1" in marks:
+        changed = "; ".join(f"{k} was {was.get(k)}, is {now.get(k)}" for k in now | was if was.get(k) != now.get(k))
+        raise ValueError(f"{part}: another set, half done ({changed}); finish or remove it, or choose another name")
+    shutil.rmtree(part, ignore_errors=True)  # nothing was finished, nothing can be lost
+    for file in files:
+        if file.is_file() or file.is_dir() and any(file.iterdir()):
+            raise ValueError(f"{file}: exists already; remove it or choose another name")
+    archives = [file for file in files if file.suffix == ".npz"]
+    needed = int(np.prod(shape)) * (2 * len(archives) or 1)  # in the .npy and once more in the .npz
+    if (free := shutil.disk_usage(part.resolve().parent).free) < needed:
+        raise ValueError(f"{files[0]}: the set needs {needed / 1e9:.2f} GB of disk, only {free / 1e9:.2f} are free")
+    for folder in (part, *files[len(archives) :]):
+        folder.mkdir(exist_ok=True)
+    for i, _ in enumerate(archives):
+        np.lib.format.open_memmap(part / f"{i}.npy", "w+", np.uint8, shape).flush()
+        if hasattr(os, "posix_fallocate"):  # takes the space now: on a full disk, writing to a map kills the process
+            with open(part / f"{i}.npy", "r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, os.path.getsize(opened.name))
+    start = json.dumps(now).encode() + b"\n" + bytes(-(-shape[0] // args.batch))
+    dar.write_atomically(part / "done", lambda opened: opened.write(start))
+
+
+def fill_set(files, shape, args, models, draw, processes, labels=None, summary=lambda arrays: None) -> None:
+    """Draws whichever batches are missing, then completes the files: one or more .npz, or one folder of PNGs.
+
+    shape: (num, H, W, 3). draw: picture numbers -> for each file, their pictures, float [B, 3, H, W] in [-1, 1].
+    labels: numbers -> classes. summary is called in the end with the uint8 arrays of the .npz files."""
+    (rank, world, _), num, batch = processes, shape[0], args.batch
+    part, batches = files[0].with_name(files[0].name + ".part"), -(-num // batch)
+    alone(processes, lambda: begin_set(files, part, shape, args, models))
+    arrays = [np.load(part / f"{i}.npy", "r+") for i, file in enumerate(files) if file.suffix == ".npz"]
+    done = (part / "done").read_bytes()
+    head, before = len(done) - batches, min(done.count(1) * batch, num)
+
+    def all_done() -> bool:
+        count = (part / "done").read_bytes().count(1)
+        bar.update(min(count * batch, num) - bar.n)
+        return count == batches
+
+    try:
+        with tqdm(total=num, initial=before, unit="picture", dynamic_ncols=True, disable=rank > 0) as bar:
+            for b in (b for b in range(rank, batches, world) if not done[head + b]):
+                which = range(b * batch, min((b + 1) * batch, num))
+                pictures = [dar.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for images in draw(which)]
+                for array, images in zip(arrays, pictures):
+                    array[which.start : which.stop] = images
+                    array.flush()
+                if not arrays:  # sorted by their names they are in order
+                    for i, label, image in zip(which, labels(which), pictures[0]):
+                        save_picture(Image.fromarray(image), files[0] / f"{i:0{len(str(num - 1))}d}-{label}.png")
+                with open(part / "done", "r+b") as opened:
+                    opened.seek(head + b)
+                    opened.write(b"\1")
+                rank == 0 and all_done()
+            while rank == 0 and not all_done():  # the other processes are still at it
+                time.sleep(0.1)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"{bar.n} of {num} pictures are done; the same command goes on from there", file=sys.stderr)
+        raise
+    if rank == 0:
+        summary(arrays)
+        for i, file in enumerate(files if arrays else ()):  # streamed into ADM's arr_0, and class numbers into arr_1
+            with zipfile.ZipFile(part / f"{i}.npz", "w") as archive, open(part / f"{i}.npy", "rb") as source:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as target:
+                    shutil.copyfileobj(source, target, 2**22)
+                if labels is not None:
+                    with archive.open("arr_1.npy", "w") as target:
+                        np.save(target, np.array(labels(range(num))))
+            shutil.move(part / f"{i}.npz", file)
+        (part / "done").unlink()  # first: without it the rest is no set
+        shutil.rmtree(part)
+        print(f"{num} pictures in {', '.join(map(str, files))}")
+
+
+def load_crops(paths: list[Path], size: int) -> torch.Tensor:
+    """Image files -> their centre crops as ADM makes them, float [B, 3, size, size] in [-1, 1]."""
+    crops = np.stack([np.array(dar.center_crop(dar.load_rgb(path), size)) for path in paths])
+    return dar.to_float(torch.from_numpy(crops).permute(0, 3, 1, 2))
+
+
+def draw_set(ar: dar.ARTransformer, args, names: list[str], processes: tuple[int, int, torch.device]) -> None:
+    """--npz or --folder: picture i has seed --seed + i, and a class in turn or drawn from that seed too."""
+    classes, args.num, size = parse_classes(args.classes, names), args.num or 16, ar.tokenizer.config.image_size
+
+    def labels(which: range) -> list[int]:
+        places = which if args.balanced else (np.random.default_rng(args.seed + i).integers(2**31) for i in which)
+        return [classes[place % len(classes)] for place in places]
+
+    def draw(which: range) -> list[torch.Tensor]:
+        *_, step = stream(ar, args, labels(which), [args.seed + i for i in which])
+        return [step.x]
+
+    args.classes, file, shape = classes, args.npz or args.folder, (args.num, size, size, 3)
+    fill_set([file], shape, args, [ar, ar.tokenizer], draw, processes, labels)
+
+
+def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: tuple[int, int, torch.device]) -> None:
+    """--reconstruct: two sets, the images and what the tokenizer makes of them; prints the mean of their PSNR."""
+    paths, size, device = dar.list_images(args.reconstruct)[: args.num], tokenizer.config.image_size, processes[2]
+
+    def draw(which: range) -> list[torch.Tensor]:
+        images = load_crops(paths[which.start : which.stop], size)
+        noise = dar.initial_noise([args.seed + i for i in which], size, device)
+        codes = tokenizer.encode(images.to(device))[:, : args.tokens]
+        return [tokenizer.decode(codes, noise, args.steps, args.solver), images]
+
+    def print_psnr(arrays: list[np.ndarray]) -> None:
+        parts = (slice(start, start + 256) for start in range(0, len(paths), 256))
+        found = [dar.psnr(*(dar.to_float(torch.from_numpy(array[part])) for array in arrays)) for part in parts]
+        print(f"PSNR {torch.cat(found).mean():.2f} dB, the mean over {len(paths)} images")
+
+    args.num, files = len(paths), [args.npz, args.reference_npz]
+    fill_set(files, (len(paths), size, size, 3), args, [tokenizer], draw, processes, summary=print_psnr)
 
 
 @torch.no_grad()
 def main() -> None:
     args = parse_arguments()
-    cfg, device, out = parse_guidance(args.cfg), dar.pick_device(args.device), Path(args.out)
-    if args.num < 1 or args.batch < 1:
-        raise ValueError(f"--num {args.num} --batch {args.batch}: expected at least 1")
-    if out.suffix.lower() not in Image.registered_extensions() or not out.resolve().parent.is_dir():
-        raise ValueError(f"--out {out}: expected a picture's name, such as samples.png, in a folder that exists")
-    ar = load(args, device)
-    if args.save_bundle:
-        dar.save_checkpoint(args.save_bundle, ar, dtype=DTYPES[args.dtype])
-        print(f"wrote {args.save_bundle}")
-        return
-    names = class_names(ar)
-    classes = parse_classes(args.classes, names)
-    labels = [classes[i % len(classes)] for i in range(args.num)]
-    seeds = list(range(args.seed, args.seed + args.num))
-    images = []
-    bar = tqdm(total=args.num * ar.config.num_tokens, unit="token", dynamic_ncols=True)
-    for start in range(0, args.num, args.batch):
-        batch = torch.tensor(labels[start : start + args.batch], device=device)
-        sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        for shown in dar.stream(  # noqa: B007
-            ar, ar.tokenizer, batch, cfg, seeds[start : start + args.batch], None, args.steps, args.solver, **sampling
-        ):
-            bar.update(len(batch) * ar.tokenizer.config.group_size)
-        images.append(shown.x.cpu())
-    bar.close()
-    columns = len(classes) if len(classes) <= 10 and args.num % len(classes) == 0 else min(args.num, 8)
-    labelled_grid(torch.cat(images), [names[i] for i in labels], columns).save(out)
-    print(f"{args.num} pictures in {out}")
+    check_arguments(args)
+    # Rounding depends on the number of threads, and torchrun would set another than a lone process has. So the script
+    # decides: the processes of a set have one thread each unless told otherwise.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(args.threads or (1 if args.npz or args.folder else cores))
+    processes = dar.init_distributed(dar.pick_device(args.device))
+    device, dtype, args.device = processes[2], DTYPES[args.dtype], processes[2].type
+    try:
+        if dtype == torch.float16 and device.type == "cpu":
+            raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
+        dtype = None if args.save_bundle else dtype
+        tokenizer = dar.load_tokenizer(args.tokenizer, device, dtype) if args.tokenizer else None
+        if args.reconstruct and tokenizer:
+            return reconstruct(tokenizer, args, processes)
+        ar = dar.load_ar(args.ckpt, device, dtype, tokenizer=tokenizer)
+        if ar.tokenizer is None:
+            raise ValueError(f"{args.ckpt}: carries no tokenizer; give the one it was trained with as --tokenizer FILE")
+        if args.save_bundle:
+            dar.save_checkpoint(args.save_bundle, ar, dtype=DTYPES[args.dtype])
+            print(f"wrote {args.save_bundle}")
+        elif args.reconstruct:
+            reconstruct(ar.tokenizer, args, processes)
+        elif args.npz or args.folder:
+            draw_set(ar, args, class_names(ar), processes)
+        else:
+            draw_pictures(ar, args, class_names(ar))
+    finally:
+        dar.end_distributed()
 
 
 if __name__ == "__main__":

@@ -121,6 +121,20 @@ def test_a_partial_decoding_is_the_preview_at_its_group(small_ar, small_tokenize
         assert torch.equal(partial, streamed[k - 1].preview)
 
 
+def test_a_stream_left_early_has_run_no_network_further(small_ar, small_tokenizer):
+    """Partial decoding costs what it shows (Table 5): 12 of 32 tokens and 3 of 8 steps."""
+    tokens, steps = [], []
+    hooks = [count_runs(small_ar.norm, tokens), count_runs(small_tokenizer.diffusion, steps)]
+    noise = torch.randn(3, 3, 32, 32)
+    for step in dar.stream(small_ar, small_tokenizer, LABELS, seeds=5, noise=noise):
+        if step.codes.shape[1] == 12:
+            break
+    assert (len(tokens), len(steps)) == (12, 3)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(step.preview, small_tokenizer.decode(step.codes, noise))
+
+
 def test_a_later_group_changes_nothing_before_it(small_ar, small_tokenizer):
     noise = torch.randn(3, 3, 32, 32)
     prefix = torch.arange(32)
