@@ -254,8 +254,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     """softmax(q k^T / 8) v for queries [B, heads, n, 64] and keys and values [B, heads, m, 64].
 
     mask: bool [n, m], true = may attend. causal: the n queries stand at the last n of the m >= n keys' places and see
-    none behind their own. In bfloat16 on a CPU it is written out, 512 queries at a time: torch's fused kernel takes twice
-    to eight times as long there.
+    none behind their own. In bfloat16 on a CPU it is written out, 512 queries at a time: torch's fused kernel is 2 to 8
+    times slower there.
     """
     n, m = q.shape[-2], k.shape[-2]
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
@@ -1051,7 +1051,7 @@ def _check_generation(ar, labels, count, temperature, top_k, top_p, prefix) -> T
         raise ValueError(f"num_tokens = {count}: the model draws 1 ... {c.num_tokens}")
     if labels.ndim != 1 or labels.dtype != torch.int64:
         raise ValueError(f"labels: {labels.dtype} {list(labels.shape)}, expected torch.int64 [B]")
-    _check_range("labels", labels, c.num_classes + 1)
+    _check_range("class labels", labels, c.num_classes + 1)
     if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected > 0, >= 0, and in (0, 1]")
     if prefix is None:

@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens (default: 0, all)")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (default: 1, all)")
     add("--batch", type=int, default=16, help="pictures drawn at once, in each process (default: 16)")
-    add("--dtype", default="float32", choices=DTYPES, help="of the weights (default: float32)")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights; auto: bfloat16 where it is fast")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--threads", type=int, help="of the CPU, in each process (default: 1 for sets, all for pictures)")
     add("--save-bundle", metavar="FILE", help="write model and tokenizer into one file, in --dtype, and stop")
@@ -93,10 +93,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.npz and args.folder or a_set and pictures:
         raise ValueError("--npz, --folder, and pictures (--trajectory, --gif, --prefix-...): choose one")
     if (
-        args.reconstruct
-        and len({args.npz, args.reference_npz, None}) < 3
-        or args.reference_npz
-        and not args.reconstruct
+        bool(args.reconstruct) != bool(args.reference_npz)
+        or args.reconstruct
+        and args.npz in (None, args.reference_npz)
     ):
         raise ValueError("--reconstruct DIR, --npz FILE and --reference-npz FILE go together")
     wanted = {".npz"} if a_set else dar.IMAGE_SUFFIXES
@@ -130,7 +129,7 @@ def stream(ar, args, labels: list[int], seeds: list[int], prefix=None, tokens=No
     if tokens is not None and (tokens % group or not 0 < tokens <= total):
         raise ValueError(f"--tokens {tokens}: expected a multiple of {group}, up to {total}")
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, prefix=prefix)
-    labels = torch.tensor(labels, device=ar.output.weight.device)
+    labels = torch.tensor(labels, device=ar.tok_embeddings.weight.device)
     steps = dar.stream(ar, ar.tokenizer, labels, args.cfg, seeds, None, args.steps, args.solver, **sampling)
     for step in itertools.islice(steps, (tokens or total) // group):
         yield step if step.codes.shape[1] == total else step._replace(x=step.preview)
@@ -164,7 +163,7 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
             raise ValueError(f"--prefix-tokens {' '.join(map(str, kept))}: expected numbers from 0 to {total}")
         if args.prefix_image:
             source = load_crops([args.prefix_image], ar.tokenizer.config.image_size)
-            codes = ar.tokenizer.encode(source.to(ar.output.weight.device))[0]
+            codes = ar.tokenizer.encode(source.to(ar.tok_embeddings.weight.device))[0]
         else:
             label = parse_classes([args.prefix_class], names, "--prefix-class")
             *_, step = stream(ar, args, label, [args.prefix_seed], tokens=total)
@@ -220,9 +219,9 @@ def save_picture(picture: Image.Image, file: Path, **options) -> None:
 # 1 once it is in the .npy. The pictures of a --folder go to their places at once; its .part has no .npy.
 
 
-def alone(processes: tuple[int, int, torch.device], action: Callable[[], None]) -> None:
+def alone(processes: dar.Processes, action: Callable[[], None]) -> None:
     """Runs action in the first process while the others wait. If it fails all end, and the first one says why."""
-    (rank, world, device), error = processes, None
+    (device, rank, world), error = processes, None
     try:
         if rank == 0:
             action()
@@ -235,13 +234,17 @@ def alone(processes: tuple[int, int, torch.device], action: Callable[[], None]) 
         raise error or SystemExit(2)
 
 
-def begin_set(files: list[Path], part: Path, shape: tuple[int, ...], args, models: list[torch.nn.Module]) -> None:
-    """Creates the part folder, or finds that it holds this very set. Raises ValueError naming what is in the way."""
+def fingerprint(models: list[torch.nn.Module]) -> str:
     digest = hashlib.sha256(str([model.config for model in models]).encode())
     for value in (value for model in models for value in model.state_dict().values()):
         digest.update(value.flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()[:16]
+
+
+def begin_set(files: list[Path], part: Path, shape: tuple[int, ...], args) -> None:
+    """Creates the part folder, or finds that it holds this very set. Raises ValueError naming what is in the way."""
     names = vars(args).keys() - {"ckpt", "tokenizer", "out", "npz", "reference_npz", "folder", "save_bundle"}
-    now = {name: str(getattr(args, name)) for name in sorted(names)} | {"weights": digest.hexdigest()[:16]}
+    now = {name: str(getattr(args, name)) for name in sorted(names)}
     before, _, marks = (part / "done").read_text().partition("\n") if (part / "done").exists() else ("{}", "", "")
     was = json.loads(before)
     if was == now:
@@ -268,14 +271,14 @@ def begin_set(files: list[Path], part: Path, shape: tuple[int, ...], args, model
     dar.write_atomically(part / "done", lambda opened: opened.write(start))
 
 
-def fill_set(files, shape, args, models, draw, processes, labels=None, summary=lambda arrays: None) -> None:
+def fill_set(files, shape, args, draw, processes, labels=None, summary=lambda arrays: None) -> None:
     """Draws whichever batches are missing, then completes the files: one or more .npz, or one folder of PNGs.
 
     shape: (num, H, W, 3). draw: picture numbers -> for each file, their pictures, float [B, 3, H, W] in [-1, 1].
     labels: numbers -> classes. summary is called in the end with the uint8 arrays of the .npz files."""
-    (rank, world, _), num, batch = processes, shape[0], args.batch
+    (_, rank, world), num, batch = processes, shape[0], args.batch
     part, batches = files[0].with_name(files[0].name + ".part"), -(-num // batch)
-    alone(processes, lambda: begin_set(files, part, shape, args, models))
+    alone(processes, lambda: begin_set(files, part, shape, args))
     arrays = [np.load(part / f"{i}.npy", "r+") for i, file in enumerate(files) if file.suffix == ".npz"]
     done = (part / "done").read_bytes()
     head, before = len(done) - batches, min(done.count(1) * batch, num)
@@ -327,7 +330,7 @@ def load_crops(paths: list[Path], size: int) -> torch.Tensor:
     return dar.to_float(torch.from_numpy(crops).permute(0, 3, 1, 2))
 
 
-def draw_set(ar: dar.ARTransformer, args, names: list[str], processes: tuple[int, int, torch.device]) -> None:
+def draw_set(ar: dar.ARTransformer, args, names: list[str], processes: dar.Processes) -> None:
     """--npz or --folder: picture i has seed --seed + i, and a class in turn or drawn from that seed too."""
     classes, args.num, size = parse_classes(args.classes, names), args.num or 16, ar.tokenizer.config.image_size
 
@@ -340,12 +343,13 @@ def draw_set(ar: dar.ARTransformer, args, names: list[str], processes: tuple[int
         return [step.x]
 
     args.classes, file, shape = classes, args.npz or args.folder, (args.num, size, size, 3)
-    fill_set([file], shape, args, [ar, ar.tokenizer], draw, processes, labels)
+    fill_set([file], shape, args, draw, processes, labels)
 
 
-def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: tuple[int, int, torch.device]) -> None:
+def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: dar.Processes) -> None:
     """--reconstruct: two sets, the images and what the tokenizer makes of them; prints the mean of their PSNR."""
-    paths, size, device = dar.list_images(args.reconstruct)[: args.num], tokenizer.config.image_size, processes[2]
+    paths = [args.reconstruct / name for name in dar.list_images(args.reconstruct)[: args.num]]
+    size, device = tokenizer.config.image_size, processes.device
 
     def draw(which: range) -> list[torch.Tensor]:
         images = load_crops(paths[which.start : which.stop], size)
@@ -359,7 +363,7 @@ def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: tu
         print(f"PSNR {torch.cat(found).mean():.2f} dB, the mean over {len(paths)} images")
 
     args.num, files = len(paths), [args.npz, args.reference_npz]
-    fill_set(files, (len(paths), size, size, 3), args, [tokenizer], draw, processes, summary=print_psnr)
+    fill_set(files, (len(paths), size, size, 3), args, draw, processes, summary=print_psnr)
 
 
 @torch.no_grad()
@@ -370,29 +374,34 @@ def main() -> None:
     # decides: the processes of a set have one thread each unless told otherwise.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.threads or (1 if args.npz or args.folder else cores))
-    processes = dar.init_distributed(dar.pick_device(args.device))
-    device, dtype, args.device = processes[2], DTYPES[args.dtype], processes[2].type
-    try:
-        if dtype == torch.float16 and device.type == "cpu":
-            raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
-        dtype = None if args.save_bundle else dtype
-        tokenizer = dar.load_tokenizer(args.tokenizer, device, dtype) if args.tokenizer else None
-        if args.reconstruct and tokenizer:
-            return reconstruct(tokenizer, args, processes)
+    processes = dar.Processes.start(dar.pick_device(args.device))
+    device, args.device = processes.device, processes.device.type
+    if args.dtype == "auto":  # a bundle keeps the dtype of its files; pictures take what is fast
+        fast = dar.has_fast_bfloat16(device)
+        args.dtype = "" if args.save_bundle else "bfloat16" if fast else "float32"
+    if args.dtype == "float16" and device.type == "cpu" and not args.save_bundle:
+        raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
+    dtype = None if args.save_bundle else DTYPES[args.dtype]
+    tokenizer = dar.load_tokenizer(args.tokenizer, device, dtype) if args.tokenizer else None
+    ar = None
+    if not (args.reconstruct and tokenizer):
         ar = dar.load_ar(args.ckpt, device, dtype, tokenizer=tokenizer)
-        if ar.tokenizer is None:
-            raise ValueError(f"{args.ckpt}: carries no tokenizer; give the one it was trained with as --tokenizer FILE")
-        if args.save_bundle:
-            dar.save_checkpoint(args.save_bundle, ar, dtype=DTYPES[args.dtype])
-            print(f"wrote {args.save_bundle}")
-        elif args.reconstruct:
-            reconstruct(ar.tokenizer, args, processes)
-        elif args.npz or args.folder:
-            draw_set(ar, args, class_names(ar), processes)
-        else:
-            draw_pictures(ar, args, class_names(ar))
-    finally:
-        dar.end_distributed()
+        tokenizer = ar.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{args.ckpt}: carries no tokenizer; give the one it was trained with as --tokenizer FILE")
+    if args.save_bundle:
+        dar.save_checkpoint(args.save_bundle, ar, dtype=DTYPES.get(args.dtype))
+        return print(f"wrote {args.save_bundle}")
+    models = [tokenizer] if ar is None else [ar, tokenizer]
+    args.weights = fingerprint(models) if args.npz or args.folder else None
+    for model in models:
+        dar.pack_linears(model)
+    if args.reconstruct:
+        reconstruct(tokenizer, args, processes)
+    elif args.npz or args.folder:
+        draw_set(ar, args, class_names(ar), processes)
+    else:
+        draw_pictures(ar, args, class_names(ar))
 
 
 if __name__ == "__main__":

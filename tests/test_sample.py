@@ -39,7 +39,9 @@ def model(tmp_path_factory, make_ar, make_tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def ar(model) -> dar.ARTransformer:
-    return dar.load_ar(model)
+    ar = dar.load_ar(model)  # with packed weights, as the script's: they round otherwise than plain ones
+    dar.pack_linears(ar.tokenizer)
+    return dar.pack_linears(ar)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +55,7 @@ def own_folder(tmp_path, monkeypatch):
 
 def call(*words, code=None) -> None:
     """sample.py's command line in this process; checks its exit code."""
-    with patch.object(sys, "argv", ["sample.py", "--device", "cpu", *map(str, words)]):
+    with patch.object(sys, "argv", ["sample.py", *"--device cpu --dtype float32".split(), *map(str, words)]):
         with pytest.raises(SystemExit) as ended:
             dar.command_line(sample.main)
     assert ended.value.code == code
@@ -64,7 +66,7 @@ def work(rank: int, world: int, port: int, words: tuple) -> None:
     os.dup2(os.open(log_file(), os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.argv = ["sample.py", "--device", "cpu", *map(str, words)]
+    sys.argv = ["sample.py", *"--device cpu --dtype float32".split(), *map(str, words)]
     dar.command_line(sample.main)
 
 
@@ -130,7 +132,8 @@ def test_any_number_of_processes_writes_the_same_bytes(model, whole, world):
 
 def test_torchrun_and_its_threads_change_nothing(model, whole):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    words = ["--", ROOT / "sample.py", "--ckpt", model, "--num", 44, "--batch", 4, "--npz", "x.npz", "--device", "cpu"]
+    words = ["--", ROOT / "sample.py", "--ckpt", model, "--num", 44, "--batch", 4, "--npz", "x.npz"]
+    words += "--device cpu --dtype float32".split()
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     done = subprocess.run([*torchrun, *map(str, words)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -53,8 +53,9 @@ def test_a_llama_checkpoint_needs_nothing_else_to_sample(work, tmp_path):
 
 
 def test_released_files_draw_the_golden_tokens_from_the_command_line(released_dir, golden_ar, tmp_path):
+    plain = "--device cpu --dtype float32".split()
     words = f"--ckpt {released_dir}/ar.pt --tokenizer {released_dir}/tokenizer.pt --classes 3 7 --num 2 --top-k 1"
-    run("sample.py", *words.split(), "--cfg", 1.1, 4.0, "--seed", 9, "--device", "cpu", "--out", tmp_path / "x.png")
+    run("sample.py", *words.split(), "--cfg", 1.1, 4.0, "--seed", 9, *plain, "--out", tmp_path / "x.png")
     codes = torch.from_numpy(golden_ar["greedy"]).long()  # top-k 1 is greedy
     tokenizer = dar.load_tokenizer(released_dir / "tokenizer.pt")
     images = tokenizer.decode(codes, dar.initial_noise([9, 10], 256, torch.device("cpu")))
