@@ -11,6 +11,7 @@ than B to fit a CPU, whose head is scaled until its distribution is as decided a
 """
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
@@ -55,12 +56,12 @@ def main() -> None:
     device, ar = dar.pick_device(args.device), make_llama(args.width, args.layers, args.entropy)
     labels = torch.arange(args.num, device=device) % 1000
     for name in args.dtypes:
-        ar.to(device, getattr(torch, name))
-        drawn = {}
+        llama = copy.deepcopy(ar).to(device, getattr(torch, name))
+        drawn, llama = {}, dar.pack_linears(llama)  # as sample.py draws
         for batch in (16, 1):
             parts = tqdm(range(0, args.num, batch), desc=f"{name}, batch {batch}", unit="batch")
             cut = ((labels[i : i + batch], list(range(i, min(i + batch, args.num)))) for i in parts)
-            drawn[batch] = torch.cat([ar.generate(which, cfg=tuple(args.cfg), seeds=seeds) for which, seeds in cut])
+            drawn[batch] = torch.cat([llama.generate(which, cfg=tuple(args.cfg), seeds=seeds) for which, seeds in cut])
         changed = (drawn[16] != drawn[1]).int()
         pictures = changed.any(1)
         print(
