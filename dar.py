@@ -80,11 +80,8 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
     "ceil" gives each group one K-th of s: the paper's one-based ceil(s K), taken at an edge s = i/K as the interval
     that a sampling step from there is about to cross (the paper's formula names the one just left, and none at 0).
     "nearest" is min(floor(s K + 1/2), K-1), which the released weights were trained with: the first group owns half a
-    K-th and the last one and a half. At s = i/K both give i. Pass s itself, never a t turned back into s: rounding
-    would move exact edges.
-
-    s: float tensor of any shape -> int64 tensor of that shape, or a Python number -> int. Raises ValueError on an
-    unknown rule.
+    K-th, the last one and a half. At s = i/K both give i; a t turned back into s may miss such edges by rounding.
+    s: float tensor -> int64 tensor of its shape, or a number -> int. Raises ValueError on an unknown rule.
     """
     if rule == "ceil":
         return _interval(s, num_groups, num_groups - 1)
@@ -95,13 +92,11 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
 
 def _interval(s: Tensor | float, n: int, last: int) -> Tensor | int:
     """The largest i <= last with i/n <= s, where i/n is rounded as s is: (1/49)·49 < 1 must not lose the edge 1/49."""
-    if isinstance(s, Tensor):
-        i = (s * n).floor()
-        i = i + ((i + 1) / n <= s).to(i.dtype) - (i / n > s).to(i.dtype)
-        return i.long().clamp(0, last)
-    i = math.floor(s * n)
-    i = i + ((i + 1) / n <= s) - (i / n > s)
-    return min(max(i, 0), last)
+    if not isinstance(s, Tensor):
+        return int(_interval(torch.tensor(s, dtype=torch.float64), n, last))
+    i = (s * n).floor()
+    i = i + ((i + 1) / n <= s).to(i.dtype) - (i / n > s).to(i.dtype)
+    return i.long().clamp(0, last)
 
 
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -167,14 +162,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, f: Tensor) -> Tensor:
-        """float [..., D], of any length -> int64 [...] indices of the nearest codes.
-
-        Products are taken in chunks of rows so that no buffer passes 256 MB: in one piece, 64 images of 256 tokens
-        against 16384 codes would need a gigabyte.
-        """
+        """float [..., D], of any length -> int64 [...] indices of the nearest codes."""
         with torch.autocast(f.device.type, enabled=False):
             flat, codebook = f.float().reshape(-1, f.shape[-1]), self.codebook()
-            rows = max(1, 2**26 // len(codebook))
+            rows = max(1, 2**26 // len(codebook))  # at once, so that no buffer of products passes 256 MB
             codes = [(chunk @ codebook.T).argmax(-1) for chunk in flat.split(rows)]
         return torch.cat(codes).view(f.shape[:-1])
 
@@ -189,9 +180,8 @@ class VectorQuantizer(nn.Module):
         codes = self.nearest(f)
         z = self.lookup(codes)
         weight = torch.ones_like(f[..., 0]) if keep is None else keep.to(f.dtype)
-        vq, commit = (
-            ((a - b) ** 2).mean(-1).mul(weight).sum() / weight.sum() for a, b in ((f.detach(), z), (f, z.detach()))
-        )
+        errors = ((f.detach() - z) ** 2).mean(-1), ((f - z.detach()) ** 2).mean(-1)
+        vq, commit = (error.mul(weight).sum() / weight.sum() for error in errors)
         return f + (z - f).detach(), codes, vq, commit
 
 
@@ -202,16 +192,13 @@ class VectorQuantizer(nn.Module):
 # where tokens have a place in the image, then scaled dot products (appendix I).
 
 
-def _rotation(angles: Tensor) -> Tensor:
-    return torch.stack((angles.cos(), angles.sin()), -1)
-
-
 @functools.lru_cache(maxsize=32)  # built once for each size, not once a call
 @torch.inference_mode(False)  # a table first asked for under inference_mode must still be usable in a training step
 def rope_1d(length: int, device: torch.device) -> Tensor:
     """Rotations of places n < length, float32 [length, 32, 2] of (cos, sin): pair i turns by n·10000^(-2i/64)."""
     frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, device=device) / HEAD_DIM)
-    return _rotation(torch.arange(length, device=device)[:, None] * frequency)
+    angles = torch.arange(length, device=device)[:, None] * frequency
+    return torch.stack((angles.cos(), angles.sin()), -1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -226,7 +213,8 @@ def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) ->
     row = torch.arange(height, device=device).repeat_interleave(width)
     column = torch.arange(width, device=device).repeat(height)
     angles = torch.cat((row[:, None] * frequency, column[:, None] * frequency), -1)  # [P, 32]
-    return _rotation(F.pad(angles, (0, 0, 0, num_unplaced)))
+    angles = F.pad(angles, (0, 0, 0, num_unplaced))
+    return torch.stack((angles.cos(), angles.sin()), -1)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -310,8 +298,7 @@ class MLP(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """Pre-norm transformer block of the encoder and the causal decoder; learned gates, zero at first, scale its two
-    branches, so that a fresh network is the identity."""
+    """Pre-norm block of encoder and causal decoder; learned gates scale its branches, so that it begins as identity."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -325,7 +312,7 @@ class GatedBlock(nn.Module):
 
 
 def normalize(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension without parameters ("LN0" where the architecture is written down)."""
+    """LayerNorm over the last dimension without parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
@@ -338,13 +325,9 @@ def init_linears(module: nn.Module, std: float = 0.02) -> None:
                 nn.init.zeros_(m.bias)
 
 
-def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, recompute: bool, *args, caches: list[KVCache] | None = None, **kwargs
-) -> Tensor:
-    """x through the blocks, each with its own KV cache if there are caches.
-
-    With recompute, activations are computed again in the backward pass instead of kept: less memory, more time.
-    """
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool, *args, caches=None, **kwargs) -> Tensor:
+    """x through the blocks, each with its own of the KV caches if there are any. With recompute, activations are
+    computed again in the backward pass instead of kept: less memory, more time."""
     for i, block in enumerate(blocks):
         if caches is not None:
             kwargs["cache"] = caches[i]
@@ -428,11 +411,8 @@ class DiffusionBlock(nn.Module):
 
 
 class DiffusionDecoder(nn.Module):
-    """D_FM of eq. 2: the velocity at (x_t, t) given a group of z'.
-
-    With repa_layer, the hidden state that enters that block also goes through the REPA head (eq. 7), whose output the
-    training compares to DINOv2's patch features.
-    """
+    """D_FM of eq. 2: the velocity at (x_t, t) given a group of z'. The state that enters block repa_layer, if not
+    None, also goes through the REPA head (eq. 7), whose output the training compares to DINOv2's patch features."""
 
     REPA_GRID, REPA_WIDTH, REPA_HIDDEN = 16, 768, 2048  # DINOv2 ViT-B/14 sees 224 pixels: 16x16 features of width 768
 
@@ -444,10 +424,9 @@ class DiffusionDecoder(nn.Module):
         self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(depth))
         self.patch_out = nn.Linear(width, 3 * patch_size**2)
         if repa_layer is not None:
-            h = self.REPA_HIDDEN
-            self.repa_head = nn.Sequential(
-                nn.Linear(width, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, self.REPA_WIDTH)
-            )
+            h, out = self.REPA_HIDDEN, self.REPA_WIDTH
+            layers = nn.Linear(width, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, out)
+            self.repa_head = nn.Sequential(*layers)
         init_linears(self, init_std)
         nn.init.zeros_(self.patch_out.weight)  # zero-initialised: the first velocity is 0
         for block in self.blocks:
@@ -473,11 +452,9 @@ class DiffusionDecoder(nn.Module):
 
     def repa_features(self, x: Tensor, height: int, width: int) -> Tensor:
         """Hidden state [B, height·width, C] -> [B, g·g, 768]: averaged to 16x16 where larger, kept where smaller."""
-        if height > self.REPA_GRID or width > self.REPA_GRID:
-            grid = x.transpose(1, 2).unflatten(2, (height, width))
-            pooled = F.adaptive_avg_pool2d(grid, (min(height, self.REPA_GRID), min(width, self.REPA_GRID)))
-            x = pooled.flatten(2).transpose(1, 2)
-        return self.repa_head(x)
+        grid = x.transpose(1, 2).unflatten(2, (height, width))
+        pooled = F.adaptive_avg_pool2d(grid, (min(height, self.REPA_GRID), min(width, self.REPA_GRID)))
+        return self.repa_head(pooled.flatten(2).transpose(1, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,10 +481,7 @@ def _check_fields(config, may_be_zero: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """All that shapes a tokenizer. The defaults are "v1", the paper's 256x256 tokenizer.
-
-    Raises ValueError, naming the value, on a combination that cannot be built.
-    """
+    """All that shapes a tokenizer; the defaults are "v1", the paper's. Raises ValueError on what cannot be built."""
 
     image_size: int = 256  # pixels a side that decode() draws when it is given no noise
     encoder_patch: int = 16  # pixels a side (p in section 4)
@@ -556,37 +530,24 @@ def _check_range(what: str, numbers: Tensor, count: int) -> None:
         raise ValueError(f"{what} from {int(numbers.min())} to {int(numbers.max())}: expected 0 ... {count - 1}")
 
 
+LITE = dict(encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_layers=8, repa_layer=5)
+TINY = dict(image_size=32, encoder_patch=4, diffusion_patch=4, num_tokens=64, codebook_size=1024, repa_layer=None)
+TINY |= dict(encoder_width=128, decoder_width=128, diffusion_width=128, init_std=0.08)
+TINY |= dict(encoder_layers=4, decoder_layers=4, diffusion_layers=6)
 TOKENIZER_PRESETS = {
     "v1": TokenizerConfig(),  # 307M parameters; 1.52 rFID in Table 2
-    "lite": TokenizerConfig(  # 113M, of the ablations in appendix III
-        encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_layers=8, repa_layer=5
-    ),
-    "tiny": TokenizerConfig(  # 32x32 pixels, 4M, trains on two CPU cores
-        image_size=32,
-        encoder_patch=4,
-        encoder_width=128,
-        encoder_layers=4,
-        decoder_width=128,
-        decoder_layers=4,
-        num_tokens=64,
-        codebook_size=1024,
-        diffusion_patch=4,
-        diffusion_width=128,
-        diffusion_layers=6,
-        repa_layer=None,
-        init_std=0.08,
-    ),
+    "lite": TokenizerConfig(**LITE),  # 113M, of the ablations in appendix III
+    "tiny": TokenizerConfig(**TINY),  # 32x32 pixels, 4M, trains on two CPU cores
+    "cifar10": TokenizerConfig(**TINY, time_shift=4.0),  # of the shipped model
 }
-TOKENIZER_PRESETS["cifar10"] = dataclasses.replace(TOKENIZER_PRESETS["tiny"], time_shift=4.0)  # of the shipped model
 
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def encoder_mask(num_patches: int, num_queries: int, device: torch.device) -> Tensor:
     """bool [P+N, P+N], true where row may attend to column: all to patches, queries also up to themselves."""
-    mask = torch.zeros(num_patches + num_queries, num_patches + num_queries, dtype=torch.bool, device=device)
+    mask = torch.ones(2 * [num_patches + num_queries], dtype=torch.bool, device=device).tril()
     mask[:, :num_patches] = True
-    mask[num_patches:, num_patches:] = torch.ones(num_queries, num_queries, dtype=torch.bool, device=device).tril()
     return mask
 
 
@@ -638,9 +599,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         x = self.quant_out(z.to(self.quant_out.weight.dtype)) + position
         return normalize(run_blocks(self.decoder_layers, x, self.recompute, caches=caches, causal=True))
 
-    def forward(
-        self, images: Tensor, s: Tensor | None = None, noise: Tensor | None = None, code_noise: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, s=None, noise=None, code_noise=None) -> dict[str, Tensor]:
         """The training step of section 4: encode, quantize, draw a time, denoise with that time's group of z'.
 
         images: float [B, 3, H, W] in [-1, 1]. s: uniform times in [0, 1], [B], or [B, R] for R times for each image
@@ -694,9 +653,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         return self.causal_decoder(self.quantize.lookup(codes))
 
     @torch.no_grad()
-    def denoise(
-        self, code_groups: Iterable[Tensor], noise: Tensor, num_steps: int | None = None, solver: str = "ab2"
-    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    def denoise(self, code_groups: Iterable[Tensor], noise: Tensor, num_steps=None, solver: str = "ab2") -> Iterator:
         """The sampler behind decode, previews and stream: takes each denoising step as soon as its group is there.
 
         code_groups yields K (or fewer) groups of codes, int64 [B, N/K]; noise is x0 [B, 3, H, W]. After each group it
@@ -722,9 +679,7 @@ class SequentialDiffusionTokenizer(nn.Module):
             yield x / c.data_scale, previews
 
     @torch.no_grad()
-    def decode(
-        self, codes: Tensor, noise: Tensor | None = None, num_steps: int | None = None, solver: str = "ab2"
-    ) -> Tensor:
+    def decode(self, codes: Tensor, noise: Tensor | None = None, num_steps=None, solver: str = "ab2") -> Tensor:
         """Codes int64 [B, n] -> images, float32 [B, 3, H, W], about [-1, 1] and not clamped.
 
         noise is x0 [B, 3, H, W] and sets the size; drawn at config.image_size if None. num_steps S: config's if None.
@@ -738,9 +693,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         return x if codes.shape[1] == self.config.num_tokens else preview
 
     @torch.no_grad()
-    def previews(
-        self, codes: Tensor, noise: Tensor | None = None, solver: str = "ab2", num_steps: int | None = None
-    ) -> Tensor:
+    def previews(self, codes: Tensor, noise: Tensor | None = None, solver: str = "ab2", num_steps=None) -> Tensor:
         """What decode() shows on its way (Fig. 5): a jump estimate for each step, in order, [steps, B, 3, H, W]."""
         rounds = self._denoise_codes(codes, noise, num_steps, solver)
         return torch.stack([preview for _, previews in rounds for preview in previews])
@@ -766,8 +719,8 @@ class SequentialDiffusionTokenizer(nn.Module):
     def _check_codes(self, codes: Tensor) -> None:
         c = self.config
         if codes.ndim != 2 or codes.shape[1] > c.num_tokens or codes.dtype != torch.int64:
-            wanted = f"torch.int64 [B, n] with n <= {c.num_tokens}"
-            raise ValueError(f"codes: {codes.dtype} {list(codes.shape)}, expected {wanted}")
+            found = f"{codes.dtype} {list(codes.shape)}"
+            raise ValueError(f"codes: {found}, expected torch.int64 [B, n] with n <= {c.num_tokens}")
         _check_range("codes", codes, c.codebook_size)
 
 
@@ -878,9 +831,7 @@ class ARTransformer(nn.Module):
         mine, its = self.config, tokenizer.config
         for what, a, b in (("codes", mine.vocab_size, its.codebook_size), ("tokens", mine.num_tokens, its.num_tokens)):
             if a != b:
-                raise ValueError(
-                    f"the model works with {a} {what}, the tokenizer with {b}: they do not belong together"
-                )
+                raise ValueError(f"the model has {a} {what}, the tokenizer {b}: they do not belong together")
 
     def attach_tokenizer(self, tokenizer: SequentialDiffusionTokenizer | None) -> None:
         """Sets `tokenizer`, which turns this model's codes into pictures. Raises ValueError if the two do not fit."""
