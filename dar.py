@@ -76,13 +76,11 @@ def unshift_time(t: Tensor | float, beta: float) -> Tensor | float:
 
 def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> Tensor | int:
     """Eq. 5: which group of tokens, 0 ... K-1, conditions the flow at uniform time s in [0, 1].
-
     "ceil" gives each group one K-th of s: the paper's one-based ceil(s K), taken at an edge s = i/K as the interval
     that a sampling step from there is about to cross (the paper's formula names the one just left, and none at 0).
     "nearest" is min(floor(s K + 1/2), K-1), which the released weights were trained with: the first group owns half a
     K-th, the last one and a half. At s = i/K both give i; a t turned back into s may miss such edges by rounding.
-    s: float tensor -> int64 tensor of its shape, or a number -> int. Raises ValueError on an unknown rule.
-    """
+    s: float tensor -> int64 tensor of its shape, or a number -> int. Raises ValueError on an unknown rule."""
     if rule == "ceil":
         return _interval(s, num_groups, num_groups - 1)
     if rule == "nearest":  # the edges (i - 1/2)/K are every second edge of a grid twice as fine
@@ -114,10 +112,8 @@ def jump_estimate(x_t: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
 
 def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -> list[tuple[float, float, int]]:
     """Eq. 8: the S sampling steps as (t_i, t_{i+1}, group): s_i = i/S, t_i = shift_time(s_i), the group from s_i.
-
     With S = K, the paper's default, each group is used exactly once. With S < K some groups are passed over, with
-    S > K some serve several steps. Raises ValueError if num_steps < 1.
-    """
+    S > K some serve several steps. Raises ValueError if num_steps < 1."""
     if num_steps < 1:
         raise ValueError(f"{num_steps} sampling steps: expected at least 1")
     t = [shift_time(i / num_steps, beta) for i in range(num_steps + 1)]
@@ -126,11 +122,9 @@ def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -
 
 def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: str) -> Tensor:
     """One ODE step of length h from x with velocity v there; v_prev is the step before's velocity (None at the first).
-
     "euler": x + h v. "ab2", two-step Adams-Bashforth (Table 2, "Adams 2nd"): x + h (3/2 v - 1/2 v_prev), first step
     Euler. These weights are exact for equal steps; the paper keeps them although the shifted steps are not, and so
-    do we, since its 1.52 rFID was measured so. Raises ValueError on an unknown solver.
-    """
+    do we, since its 1.52 rFID was measured so. Raises ValueError on an unknown solver."""
     if solver not in ("euler", "ab2"):
         raise ValueError(f"solver {solver!r}: expected 'euler' or 'ab2'")
     if solver == "ab2" and v_prev is not None:
@@ -171,11 +165,9 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features [B, N, D] -> (z [B, N, D], codes int64 [B, N], vq loss, commitment loss).
-
         z has the value of the nearest codes and, straight through, the gradient of the normalised features. The
         losses (appendix I, without their weights) pull the codes to the features, ||sg[f] - z||^2, and the features
-        to their codes, ||f - sg[z]||^2: the mean over D, then over the tokens where keep (bool [B, N]) is true.
-        """
+        to their codes, ||f - sg[z]||^2: the mean over D, then over the tokens where keep (bool [B, N]) is true."""
         f = F.normalize(f.float(), dim=-1)
         codes = self.nearest(f)
         z = self.lookup(codes)
@@ -205,10 +197,8 @@ def rope_1d(length: int, device: torch.device) -> Tensor:
 @torch.inference_mode(False)
 def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) -> Tensor:
     """Rotations of a height x width patch grid in row-major order, float32 [height·width + num_unplaced, 32, 2].
-
     The first half of a head turns by the row, the second by the column, each with frequencies 10000^(-2i/32). The
-    num_unplaced tokens that follow have no place in the image and are not turned (appendix I: identity).
-    """
+    num_unplaced tokens that follow have no place in the image and are not turned (appendix I: identity)."""
     frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM // 2, 2, device=device) / (HEAD_DIM // 2))
     row = torch.arange(height, device=device).repeat_interleave(width)
     column = torch.arange(width, device=device).repeat(height)
@@ -240,11 +230,9 @@ class KVCache:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / 8) v for queries [B, heads, n, 64] and keys and values [B, heads, m, 64].
-
     mask: bool [n, m], true = may attend. causal: the n queries stand at the last n of the m >= n keys' places and see
     none behind their own. In bfloat16 on a CPU it is written out, 512 queries at a time: torch's fused kernel is 2 to 8
-    times slower there.
-    """
+    times slower there."""
     n, m = q.shape[-2], k.shape[-2]
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
     if causal and n > 1 and (plain or n < m):
@@ -270,10 +258,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context=None, rope=None, mask=None, causal=False, cache=None) -> Tensor:
         """x [B, n, C] attends to itself, or to context [B, m, C]; -> [B, n, C].
-
         rope [n, 32, 2] turns the queries, and the keys too unless they come from a context. mask (bool [n, n], true
-        = may attend) and causal exclude each other; a cache implies causal, and x then follows what it holds.
-        """
+        = may attend) and causal exclude each other; a cache implies causal, and x then follows what it holds."""
         source = x if context is None else context
         q = self.q_norm(self.q(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2))  # [B, heads, n, 64]
         k = self.k_norm(self.k(source).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2))
@@ -352,10 +338,8 @@ class PackedLinear(nn.Module):
 
 def pack_linears(model: nn.Module) -> nn.Module:
     """Packs the Linears of a model, in place, if it lies on a CPU (elsewhere nothing happens); returns the model.
-
     For sampling only: packed weights are neither trained nor saved. Products of a few rows, which is what generation
-    consists of, take a half to a tenth of the time, and float32 ones of many rows, as in denoising, less than half.
-    """
+    consists of, take a half to a tenth of the time, and float32 ones of many rows, as in denoising, less than half."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear and child.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -434,9 +418,7 @@ class DiffusionDecoder(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor, repa: bool = False) -> tuple[Tensor, Tensor | None]:
         """x_t [B, 3, H, W], t [B] or [1] (one time for all), condition z' [B, n, cond_width].
-
-        -> velocity, float32 [B, 3, H, W]; and with repa the REPA head's features [B, g·g, 768], g at most 16.
-        """
+        -> velocity, float32 [B, 3, H, W]; and with repa the REPA head's features [B, g·g, 768], g at most 16."""
         size, dtype = self.patch_size, self.patch_in.weight.dtype
         height, width = x_t.shape[2] // size, x_t.shape[3] // size
         rope = rope_2d(height, width, 0, x_t.device)
@@ -470,11 +452,10 @@ def _check_fields(config, may_be_zero: tuple[str, ...]) -> None:
         value, number = getattr(config, field.name), (int, float) if field.type is float else int
         if field.type is str or (value is None and field.type == int | None):
             continue
-        wanted = "a number" if field.type is float else "an integer"
-        if isinstance(value, bool) or not isinstance(value, number) or not 0 <= value < 2**31:
-            raise ValueError(f"{field.name} = {value!r}: expected {wanted}, 0 ... 2**31")
-        if value == 0 and field.name not in may_be_zero:
-            raise ValueError(f"{field.name} = 0: expected {wanted} above 0")
+        wanted = "a number, " if field.type is float else "an integer, "
+        above = "" if field.name in may_be_zero else "above "
+        if isinstance(value, bool) or not isinstance(value, number) or not 0 <= value < 2**31 or above and value == 0:
+            raise ValueError(f"{field.name} = {value!r}: expected {wanted}{above}0 ... 2**31")
         if field.name.endswith("width") and value % HEAD_DIM:
             raise ValueError(f"{field.name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
 
@@ -601,14 +582,12 @@ class SequentialDiffusionTokenizer(nn.Module):
 
     def forward(self, images: Tensor, s=None, noise=None, code_noise=None) -> dict[str, Tensor]:
         """The training step of section 4: encode, quantize, draw a time, denoise with that time's group of z'.
-
         images: float [B, 3, H, W] in [-1, 1]. s: uniform times in [0, 1], [B], or [B, R] for R times for each image
         that is encoded once; drawn if None. noise: x0, [B, 3, H, W] or [B, R, 3, H, W]; drawn if None.
         code_noise: [B, N, D], added to the normalised features in place of quantization (codebook warm-up).
         Returns the scalars "fm" (eq. 2, over data_scale²), "vq" and "commit" (appendix I, 0.25 included) and "kept",
         the number of tokens these two are means over; "codes" [B, N]; "pred_image" (jump estimates [B·R, 3, H, W], not
-        clamped, for LPIPS); and "repa" ([B·R, g·g, 768]) if there is a head. Summing them, eq. 7, is the script's.
-        """
+        clamped, for LPIPS); and "repa" ([B·R, g·g, 768]) if there is a head. Summing them, eq. 7, is the script's."""
         c, batch = self.config, len(images)
         s = torch.rand(batch, device=images.device) if s is None else s
         s = s.view(batch, -1)  # [B, R]
@@ -655,12 +634,10 @@ class SequentialDiffusionTokenizer(nn.Module):
     @torch.no_grad()
     def denoise(self, code_groups: Iterable[Tensor], noise: Tensor, num_steps=None, solver: str = "ab2") -> Iterator:
         """The sampler behind decode, previews and stream: takes each denoising step as soon as its group is there.
-
         code_groups yields K (or fewer) groups of codes, int64 [B, N/K]; noise is x0 [B, 3, H, W]. After each group it
         yields (x_t, previews): x_t where the flow then stands, and the jump estimates of the steps that were taken with
         that group (one, if S = K; none or several otherwise); all divided by data_scale, float32 [B, 3, H, W]. The last
-        x_t is the decoded image. z' comes from a KV cache, so that a group costs the same wherever it stands.
-        """
+        x_t is the decoded image. z' comes from a KV cache, so that a group costs the same wherever it stands."""
         c, dtype = self.config, self.quant_out.weight.dtype
         self._check_size(noise, "noise", c.diffusion_patch)
         num_steps = (c.num_steps or c.num_groups) if num_steps is None else num_steps
@@ -681,12 +658,10 @@ class SequentialDiffusionTokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor, noise: Tensor | None = None, num_steps=None, solver: str = "ab2") -> Tensor:
         """Codes int64 [B, n] -> images, float32 [B, 3, H, W], about [-1, 1] and not clamped.
-
         noise is x0 [B, 3, H, W] and sets the size; drawn at config.image_size if None. num_steps S: config's if None.
         Fewer than N codes, whole groups, give the partial decoding of section 5.1: the last preview that they allow.
         (Table 5 was probably made with the authors' variant, whose last jump has ab2's weights; ours has Euler's.)
-        Raises ValueError if n is no multiple of N/K or a code or size does not fit.
-        """
+        Raises ValueError if n is no multiple of N/K or a code or size does not fit."""
         preview = None  # never stays None: step 0 uses group 0
         for x, previews in self._denoise_codes(codes, noise, num_steps, solver):  # noqa: B007
             preview = previews[-1] if previews else preview
@@ -868,15 +843,13 @@ class ARTransformer(nn.Module):
         prefix: Tensor | None = None,
     ) -> Tensor:
         """Draws pictures' codes, int64 [B, N], for labels int64 [B] (num_classes = unconditional); call eval() first.
-
         cfg: guidance, a number, a (start, end) pair that it runs between, or None for none (guidance_schedule). seeds:
         one for each picture, or an int s that means s, s+1, ...; None draws fresh ones. greedy takes the most likely
         token instead. temperature, top_k (0: off) and top_p (1: off) act on the guided logits in this order. prefix:
         tokens int64 [n] or [B, n] kept as given (section 5.1, zero-shot control). num_tokens: config's N if None.
-        Raises ValueError for a value out of range.
-        """
-        groups = generate_groups(self, labels, num_tokens, None, cfg, seeds, greedy, temperature, top_k, top_p, prefix)
-        return torch.cat(list(groups), 1)
+        Raises ValueError for a value out of range."""
+        filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        return torch.cat([*generate_groups(self, labels, num_tokens, None, cfg, seeds, greedy, prefix, **filters)], 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -889,10 +862,8 @@ NOISE_BLOCK = 32  # tokens whose random numbers are drawn at once
 
 
 def guidance_schedule(cfg: float | tuple[float, float] | None, num_tokens: int) -> list[float] | None:
-    """Guidance of each token (Table 4): constant, or linear from start at the first to end at the last token.
-
-    None where there is nothing to guide: cfg None, or 1 throughout. Raises ValueError if cfg is neither form.
-    """
+    """Guidance of each token (Table 4): constant, or linear from start at the first to end at the last token. None
+    where there is nothing to guide: cfg None, or 1 throughout. Raises ValueError if cfg is neither form."""
     start, end = cfg if isinstance(cfg, tuple | list) and len(cfg) == 2 else (1.0 if cfg is None else cfg,) * 2
     for value in (start, end):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -926,7 +897,7 @@ def initial_noise(seeds: list[int], size: int, device: torch.device) -> Tensor:
     return torch.stack([torch.randn(3, size, size, device=device, generator=g) for g in generators])
 
 
-def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """logits [B, V] / temperature, then -inf outside the top_k largest, then outside the smallest set of mass top_p."""
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -943,25 +914,14 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 @torch.no_grad()
 def generate_groups(
-    ar: ARTransformer,
-    labels: Tensor,
-    num_tokens: int | None = None,
-    group_size: int | None = None,
-    cfg: float | tuple[float, float] | None = (1.1, 8.0),
-    seeds: int | list[int] | None = None,
-    greedy: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    prefix: Tensor | None = None,
+    ar, labels, num_tokens=None, group_size=None, cfg=(1.1, 8.0), seeds=None, greedy=False, prefix=None, **filters
 ) -> Iterator[Tensor]:
     """ARTransformer.generate, yielding each group_size tokens, int64 [B, group_size], as soon as they are drawn.
-
     A token is argmax(logits + Gumbel noise), which draws from softmax(logits); the noise of a picture is its own.
-    """
+    filters: temperature, top_k, top_p."""
     c, device, batch = ar.config, labels.device, len(labels)
     count = c.num_tokens if num_tokens is None else num_tokens
-    prefix = _check_generation(ar, labels, count, temperature, top_k, top_p, prefix)
+    prefix = _check_generation(ar, labels, count, prefix, **filters)
     scale = guidance_schedule(cfg, count)
     given = prefix.shape[1]
     generators = [] if greedy else picture_generators(resolve_seeds(seeds, batch), 1, device)
@@ -980,22 +940,20 @@ def generate_groups(
             noise = [torch.empty(shape, device=device).exponential_(generator=g) for g in generators]
             gumbel = -torch.stack(noise, 1).log()  # [32, B, V]
         if i >= given:
-            if i == given:  # the class and the prefix in one pass
-                x = ar.embed(classes, prefix.repeat(halves, 1))
-            else:
-                x = ar.embed(None, codes[:, i - 1 : i].repeat(halves, 1))
+            start, first = (i - 1, None) if i > given else (0, classes)  # the class and the prefix in one pass
+            x = ar.embed(first, codes[:, start:i].repeat(halves, 1))
             logits = ar.output(ar.run(x, caches)[:, -1]).float()
             if scale is not None:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + scale[i] * (conditional - unconditional)
             if not greedy:
-                logits = filter_logits(logits, temperature, top_k, top_p) + gumbel[i % NOISE_BLOCK]
+                logits = filter_logits(logits, **filters) + gumbel[i % NOISE_BLOCK]
             codes[:, i] = logits.argmax(-1)
         if (i + 1) % (group_size or count) == 0 or i + 1 == count:
             yield codes[:, i - i % (group_size or count) : i + 1]
 
 
-def _check_generation(ar, labels, count, temperature, top_k, top_p, prefix) -> Tensor:
+def _check_generation(ar, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
     """Raises ValueError for a setting out of range; returns the prefix as int64 [B, n], n = 0 without one."""
     c = ar.config
     if not 1 <= count <= c.num_tokens:
@@ -1043,11 +1001,9 @@ def stream(
     **sampling,
 ) -> Iterator[StreamStep]:
     """Section 3.3: yields a StreamStep after each group of N/K tokens; the last one's x is the finished picture.
-
     labels, cfg, seeds and the rest of sampling (greedy, temperature, top_k, top_p, prefix) are those of
     ARTransformer.generate; num_steps and solver those of the tokenizer's decode. noise: x0, each picture's own if None.
-    The same codes and noise given to decode() end in the same picture: both are tokenizer.denoise.
-    """
+    The same codes and noise given to decode() end in the same picture: both are tokenizer.denoise."""
     ar.check_tokenizer(tokenizer)
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
@@ -1077,8 +1033,7 @@ FORMAT = "dar-1"
 
 
 class InertObject:
-    """Stands in for the classes that released files mention (argparse.Namespace, config_util.Config): holds attributes,
-    does nothing, imports nothing."""
+    """Stands in for the classes that released files mention: holds attributes, does nothing, imports nothing."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -1111,17 +1066,14 @@ def _check_zip(path: Path) -> None:
 
 def read_checkpoint(path: str | Path) -> dict:
     """A .pt file as a dict whose tensors are mapped, not read: what is never touched costs neither time nor memory.
-
-    Raises FileNotFoundError, or ValueError in one line: no torch zip file, damaged, or asking to run code.
-    """
+    Raises FileNotFoundError, or ValueError in one line: no torch zip file, damaged, or asking to run code."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     with _about(path):
-        try:
+        is_zip = False
+        with contextlib.suppress(zipfile.BadZipFile):  # so damaged that even the question fails
             is_zip = path.is_file() and zipfile.is_zipfile(path)
-        except zipfile.BadZipFile:  # so damaged that even the question fails
-            is_zip = False
         if not is_zip:
             hint = "an old one: load it with the torch that wrote it and torch.save it again; a download: repeat it"
             raise ValueError(f"not a checkpoint in torch's zip format ({hint})")
@@ -1133,10 +1085,9 @@ def read_checkpoint(path: str | Path) -> dict:
                 warnings.simplefilter("ignore")
                 data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a damaged pickle can fail in any way there is
-            found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", str(error))
+            found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
             if found and "weights_only" in str(error):
-                name = found.group(1) or found.group(2)
-                raise ValueError(f"refused: it holds {name}, which could run code; only plain data loads") from None
+                raise ValueError(f"refused: it holds {found[1]}, which could run code; only plain data loads") from None
             reason = f"{type(error).__name__}: {error}"
             inner = re.search(r"WeightsUnpickler error:\s*(.+)", reason)  # before it, torch advises weights_only=False
             reason = (inner.group(1) if inner else reason.splitlines()[0])[:160]
@@ -1148,10 +1099,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def save_checkpoint(path: str | Path, model: nn.Module, ema=None, training: dict | None = None, dtype=None) -> None:
     """Writes a tokenizer or a Llama, with its tokenizer and class names if it has them, in the project's format.
-
     ema: the averaged weights, which loading prefers. training: plain data for resuming. dtype: of weights, else kept.
-    The file appears whole or not at all, whatever happens meanwhile. Raises OSError if it cannot be written.
-    """
+    The file appears whole or not at all, whatever happens meanwhile. Raises OSError if it cannot be written."""
     data = _bundle(model, dtype)
     if ema is not None:
         data["ema"] = _bundle(ema, dtype)["model"]
@@ -1187,35 +1136,22 @@ def write_atomically(path: str | Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_tokenizer(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, weights: str = "ema"
-) -> SequentialDiffusionTokenizer:
+def load_tokenizer(path: str | Path, device="cpu", dtype=None, weights: str = "ema") -> SequentialDiffusionTokenizer:
     """A tokenizer from our format or the authors' released layout, told apart by content; in eval mode.
-
     dtype: of the weights, else the file's. weights: "ema" (the plain ones where a file has no others) or "model".
     Released files bring the group rule "nearest" and their own data scale; a bare state dict has v1's. Raises
-    FileNotFoundError, or ValueError naming the file and every key that is missing, unexpected or of a wrong shape.
-    """
+    FileNotFoundError, or ValueError naming the file and every key that is missing, unexpected or of a wrong shape."""
     data = read_checkpoint(path)
     with _about(path):
         return _build_tokenizer(data, torch.device(device), dtype, weights)
 
 
-def load_ar(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    weights: str = "ema",
-    tokenizer: SequentialDiffusionTokenizer | None = None,
-    num_tokens: int | None = None,
-) -> ARTransformer:
+def load_ar(path, device="cpu", dtype=None, weights="ema", tokenizer=None, num_tokens=None) -> ARTransformer:
     """A Llama from our format or the released layout, in eval mode; `tokenizer` is the one given, else the file's, else
     None. Released files do not say N: it is the tokenizer's, else num_tokens, else 256. Otherwise as load_tokenizer."""
     data, device = read_checkpoint(path), torch.device(device)
     with _about(path):
-        kind, config, state = _recognise(data, weights)
-        if kind != "ar":
-            raise ValueError("holds a tokenizer, expected an autoregressive model")
+        config, state = _recognise(data, weights, ARConfig)
         if tokenizer is None and config is not None and "tokenizer" in data:
             if not isinstance(data["tokenizer"], dict):
                 raise ValueError(f"its tokenizer is a {type(data['tokenizer']).__name__}, expected a checkpoint's dict")
@@ -1236,9 +1172,7 @@ def load_ar(
 
 
 def _build_tokenizer(data: dict, device: torch.device, dtype, weights: str) -> SequentialDiffusionTokenizer:
-    kind, config, state = _recognise(data, weights)
-    if kind != "tokenizer":
-        raise ValueError("holds an autoregressive model, expected a tokenizer")
+    config, state = _recognise(data, weights, TokenizerConfig)
     if config is None:
         config = _released_tokenizer_config(data.get("config"), state)
     return _assign(SequentialDiffusionTokenizer, config, state, device, dtype)
@@ -1270,12 +1204,12 @@ def _own_name(name: str) -> str:
     return name
 
 
-def _recognise(data: dict, weights: str) -> tuple[str, TokenizerConfig | ARConfig | None, dict]:
-    """(kind, config or None where a released file leaves it to shapes, state dict under our names)."""
+def _recognise(data: dict, weights: str, config_class) -> tuple[TokenizerConfig | ARConfig | None, dict]:
+    """(config, or None where a released file leaves it to the shapes; state dict under our names)."""
     if weights not in ("ema", "model"):
         raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
-    places = [data.get(k) for k in (("ema", "model") if weights == "ema" else ("model",))]
-    found = next((place for place in places if isinstance(place, dict)), data)
+    places = (data.get("ema") if weights == "ema" else None), data.get("model"), data
+    found = next(place for place in places if isinstance(place, dict))
     state = {}
     for theirs, value in found.items():
         name = _own_name(theirs) if isinstance(theirs, str) else repr(theirs)
@@ -1285,15 +1219,20 @@ def _recognise(data: dict, weights: str) -> tuple[str, TokenizerConfig | ARConfi
             value = value[:, :, 0, 0]  # released 1x1 convolutions are our Linears
         state[name] = value
     state.pop("quantize.codebook_used", None)  # the authors' usage counter, no weight
-    kind = "tokenizer" if "patchify.weight" in state else "ar" if "tok_embeddings.weight" in state else None
-    if kind is None:
-        raise ValueError("neither tokenizer nor Llama (no patchify.weight, no tok_embeddings.weight)")
+    holds, llama = (
+        "neither tokenizer nor Llama (no patchify.weight, no tok_embeddings.weight)",
+        "an autoregressive model",
+    )
+    holds = "a tokenizer" if "patchify.weight" in state else llama if "tok_embeddings.weight" in state else holds
+    wanted = "a tokenizer" if config_class is TokenizerConfig else llama
+    if holds != wanted:
+        raise ValueError(f"holds {holds}, expected {wanted}")
     if "format" not in data:
-        return kind, None, state
+        return None, state
     if data["format"] != FORMAT:
         raise ValueError(f"format {data['format']!r:.40}, expected {FORMAT!r}; a newer dar.py wrote it")
     try:
-        return kind, (TokenizerConfig if kind == "tokenizer" else ARConfig)(**data["config"]), state
+        return config_class(**data["config"]), state
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"unusable config ({error})") from None
 
@@ -1381,12 +1320,10 @@ def command_line(main) -> None:
     2, a training that is not finite any more 3, Ctrl-C 130."""
     try:
         sys.exit(main())
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(3 if isinstance(error, FloatingPointError) else 2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        print("stopped" if stopped else f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(130 if stopped else 3 if isinstance(error, FloatingPointError) else 2)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -1478,9 +1415,7 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 def load_rgb(path: str | Path) -> Image.Image:
     """An image file as 8-bit RGB, whatever it was: grey, palette, CMYK, 16-bit; alpha goes onto white.
-
-    Raises ValueError naming a file that is no readable image.
-    """
+    Raises ValueError naming a file that is no readable image."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -1508,6 +1443,12 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = shrink(image, size)
     x, y = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((x, y, x + size, y + size))
+
+
+def center_crops(images: Iterable[Image.Image], size: int) -> Tensor:
+    """The centre crops of images, float32 [n, 3, size, size] in [-1, 1]."""
+    crops = np.stack([np.array(center_crop(image, size)) for image in images])
+    return to_float(torch.from_numpy(crops).permute(0, 3, 1, 2))
 
 
 # Data
@@ -1548,10 +1489,8 @@ def list_images(folder: str | Path) -> list[str]:
 
 class ImageData:
     """Labelled images: a folder with one sub-folder a class, or the word "shapes", drawn by Pillow from the index.
-
     listing: a file that keeps the list of images, so that 1.3 million files are listed once in a training, not at every
-    start. Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to train on.
-    """
+    start. Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to train on."""
 
     def __init__(self, source: str, size: int, held_out: bool = False, listing: Path | None = None):
         self.source, self.size, self.held_out, self.kept = source, size, held_out, {}
@@ -1600,11 +1539,6 @@ class ImageData:
                 print(f"warning: {error}; the next image takes its place", file=sys.stderr)
         raise ValueError(f"{self.source}: not one of its {len(self)} images can be read")
 
-    def centred(self, indices: Iterable[int]) -> Tensor:
-        """The centre crops of images, float32 [n, 3, size, size] in [-1, 1]."""
-        crops = [np.array(center_crop(self.next_readable(int(i))[0], self.size)) for i in indices]
-        return to_float(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
-
     def refuse_if_corrupt(self) -> None:
         """Raises ValueError if more than 1% of the files turned out to be unreadable: that is no accident any more."""
         bad = self.unreadable.nonzero().flatten().tolist()
@@ -1636,9 +1570,7 @@ def sample_rng(seed: int, position: int) -> np.random.Generator:
 
 class Samples(torch.utils.data.Dataset):
     """Sample position -> (uint8 image [3, H, W], label, position, files skipped before it because they are corrupt).
-
-    transform(PIL image, numpy generator) crops and flips; its generator is the sample's own.
-    """
+    transform(PIL image, numpy generator) crops and flips; its generator is the sample's own."""
 
     def __init__(self, data: ImageData, transform, seed: int):
         self.data, self.transform, self.seed = data, transform, seed
@@ -1650,14 +1582,10 @@ class Samples(torch.utils.data.Dataset):
         return pixels, self.data.labels[found], position, (found - index) % len(self.data)
 
 
-def sample_loader(
-    samples: Samples, batches: Iterable[range], workers: int, pin: bool = False
-) -> Iterator[list[Tensor]]:
+def sample_loader(samples: Samples, batches: Iterable[range], workers: int, pin: bool = False) -> Iterator[list]:
     """The samples at the positions in each batch, in order, decoded by so many worker processes (0: by this one)."""
-    loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=batches, num_workers=workers, worker_init_fn=_leave_signals_to_the_parent, pin_memory=pin
-    )
-    return iter(loader)
+    options = dict(num_workers=workers, worker_init_fn=_leave_signals_to_the_parent, pin_memory=pin)
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=batches, **options))
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -1670,9 +1598,8 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 class EMA:
     """Exponential moving average of a model's parameters, kept as a second model in eval mode (float32).
-
-    Decay min(0.999, (1 + i) / (10 + i)) after i updates: the first averages forget the random initial weights quickly.
-    """
+    Decay min(0.999, (1 + i) / (10 + i)) after i updates: the first averages forget the random initial weights
+    quickly."""
 
     def __init__(self, model: nn.Module, max_decay: float = 0.999):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -1749,16 +1676,14 @@ def check_training_arguments(args: argparse.Namespace, recipe: dict, **least: fl
 
 class TrainingRun:
     """A training: its folder (last.pt, the one before, log.csv, pictures), its optimisation step, resuming, stopping.
-
     args: the shared arguments. settings: {what: value} that must not change within a run (model, data). terms: names of
-    the loss terms. columns: more of log.csv. Raises ValueError, naming the difference, if the folder holds another run.
-    """
+    the loss terms. columns: more of log.csv. Raises ValueError, naming the difference, if the folder holds another
+    run."""
 
     def __init__(self, args, processes: Processes, model, ema, optimizer, settings: dict, terms: list, columns: list):
         self.args, self.processes, self.folder = args, processes, Path(args.out)
         self.model, self.ema, self.optimizer = model, ema, optimizer
-        self.settings = {"seed": args.seed, "batch": args.batch} | settings
-        self.terms = ["loss", *terms]
+        self.settings, self.terms = {"seed": args.seed, "batch": args.batch} | settings, ["loss", *terms]
         more = ["lr", "grad_norm", "images_per_s", "memory_mb", "unreadable", "skipped"]
         self.columns = ["step", *self.terms, *more, *columns]
         self.share, rest = divmod(args.batch, processes.world)
@@ -1782,12 +1707,10 @@ class TrainingRun:
             for left_over in self.folder.glob("*.tmp"):  # of a process that was killed while it saved
                 left_over.unlink()
             self._cut_log()
-
-        # What training calls: the model, compiled perhaps, in DDP perhaps. Only a call of the wrapper itself, not of a
-        # method of what it wraps, makes DDP exchange gradients.
         for part in model.modules():
             if hasattr(part, "recompute"):
                 part.recompute = args.checkpoint_blocks
+        # What training calls, since only a call of the wrapper itself makes DDP exchange gradients.
         self.parallel = torch.compile(model) if args.compile else model
         if processes.world > 1:
             devices = [processes.device.index] if processes.device.type == "cuda" else None
@@ -1796,7 +1719,8 @@ class TrainingRun:
     # The loop
 
     def steps(self) -> Iterator[int]:
-        """Counts the steps from where the run stands; after each one it saves where that is due, and at a signal."""
+        """Counts the steps from where the run stands; after each one it saves where that is due, and at a signal. Then
+        exit_code is 0, or 128 + the signal."""
         args = self.args
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember_signal)
@@ -1808,6 +1732,7 @@ class TrainingRun:
                 if self.step % args.save_every == 0 or self.step == args.steps or self.signal:
                     self.save()
         self.processes.barrier()  # nobody leaves while the first process may still be saving
+        self.exit_code = 128 + self.signal if self.signal else 0
         if self.signal and self.processes.rank == 0:
             print(f"stopped after step {self.step}, saved; the same command goes on", file=sys.stderr)
 
@@ -1816,11 +1741,6 @@ class TrainingRun:
         if self.received == number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         self.received = number
-
-    @property
-    def exit_code(self) -> int:
-        """0, or 128 + the signal that stopped the run after it was saved."""
-        return 128 + self.signal if self.signal else 0
 
     def batches(self, samples: Samples) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
         """Yields each step's micro-batches, (uint8 images, labels, positions), of this process's share of the batch."""
@@ -1844,10 +1764,9 @@ class TrainingRun:
 
     def optimise(self, losses, chunks: list, rate: float) -> None:
         """One step at learning rate `rate`: gradients over the chunks (micro-batches), clipped, averaged into EMA.
-
         losses(chunk) returns {term: scalar}, which sum to the loss, and over chunks and processes (as a mean) to the
-        batch's. Raises FloatingPointError, naming step and cause, before anything that is not finite can reach weights.
-        """
+        batch's. Raises FloatingPointError, naming step and cause, before anything that is not finite can reach
+        weights."""
         device, world = self.processes.device, self.processes.world
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(len(self.terms), device=device)
@@ -1873,10 +1792,9 @@ class TrainingRun:
         if bad_loss or bad_norm and (not self.scaler.enabled or self.scaler.scale < 1e-3):
             values = (self.processes.reduce(totals) / world).tolist()
             what = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
-            raise FloatingPointError(
-                f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g}); {self.folder} holds checkpoints "
-                "from before it. A lower --lr, a longer --warmup or another --precision may help"
-            )
+            help = "checkpoints from before it. A lower --lr, a longer --warmup or another --precision may help"
+            what = f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g})"
+            raise FloatingPointError(f"{what}; {self.folder} holds {help}")
         if self.scaler.takes(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -1901,7 +1819,13 @@ class TrainingRun:
         row = {"step": done} | dict(zip([*self.terms, "grad_norm"], means.tolist()))
         row |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped": self.scaler.skipped}  # steps that overflowed
         row["images_per_s"] = self.args.batch * (done - before) / (time.time() - since)
-        row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20 if p.device.type == "cuda" else _peak_memory_mb()
+        if p.device.type == "cuda":
+            row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            import resource  # which Windows does not have
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on a Mac bytes
+            row["memory_mb"] = peak / (2**20 if sys.platform == "darwin" else 2**10)
         if self.data is not None:
             self.data.unreadable = p.reduce(self.data.unreadable, "MAX")
             row["unreadable"] = int(self.data.unreadable.sum())
@@ -1934,9 +1858,7 @@ class TrainingRun:
 
     def save(self) -> None:
         """Writes last.pt; the one before becomes previous.pt, and every --keep-every steps one stays as step-N.pt.
-
-        last.pt is whole at every moment: the new file is complete before it takes the place of the old one.
-        """
+        last.pt is whole at every moment: the new file is complete before it takes the place of the old one."""
         sums = self.processes.reduce(self.sums) / self.processes.world
         if self.processes.rank > 0:
             return
@@ -1988,9 +1910,3 @@ def _second_name(path: Path, name: Path) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, name)
-
-
-def _peak_memory_mb() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

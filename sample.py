@@ -92,11 +92,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     a_set, pictures = args.npz or args.folder, args.layout or args.trajectory or args.gif
     if args.npz and args.folder or a_set and pictures:
         raise ValueError("--npz, --folder, and pictures (--trajectory, --gif, --prefix-...): choose one")
-    if (
-        bool(args.reconstruct) != bool(args.reference_npz)
-        or args.reconstruct
-        and args.npz in (None, args.reference_npz)
-    ):
+    three = args.reconstruct, args.npz, args.reference_npz
+    if (args.reconstruct or args.reference_npz) and (not all(three) or args.npz == args.reference_npz):
         raise ValueError("--reconstruct DIR, --npz FILE and --reference-npz FILE go together")
     wanted = {".npz"} if a_set else dar.IMAGE_SUFFIXES
     for file in filter(None, [args.npz, args.reference_npz] if a_set else [args.out, args.trajectory, args.gif]):
@@ -162,7 +159,7 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
         if not 0 <= min(kept) <= max(kept) <= total:
             raise ValueError(f"--prefix-tokens {' '.join(map(str, kept))}: expected numbers from 0 to {total}")
         if args.prefix_image:
-            source = load_crops([args.prefix_image], ar.tokenizer.config.image_size)
+            source = dar.center_crops([dar.load_rgb(args.prefix_image)], ar.tokenizer.config.image_size)
             codes = ar.tokenizer.encode(source.to(ar.tok_embeddings.weight.device))[0]
         else:
             label = parse_classes([args.prefix_class], names, "--prefix-class")
@@ -324,12 +321,6 @@ def fill_set(files, shape, args, draw, processes, labels=None, summary=lambda ar
         print(f"{num} pictures in {', '.join(map(str, files))}")
 
 
-def load_crops(paths: list[Path], size: int) -> torch.Tensor:
-    """Image files -> their centre crops as ADM makes them, float [B, 3, size, size] in [-1, 1]."""
-    crops = np.stack([np.array(dar.center_crop(dar.load_rgb(path), size)) for path in paths])
-    return dar.to_float(torch.from_numpy(crops).permute(0, 3, 1, 2))
-
-
 def draw_set(ar: dar.ARTransformer, args, names: list[str], processes: dar.Processes) -> None:
     """--npz or --folder: picture i has seed --seed + i, and a class in turn or drawn from that seed too."""
     classes, args.num, size = parse_classes(args.classes, names), args.num or 16, ar.tokenizer.config.image_size
@@ -352,7 +343,7 @@ def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: da
     size, device = tokenizer.config.image_size, processes.device
 
     def draw(which: range) -> list[torch.Tensor]:
-        images = load_crops(paths[which.start : which.stop], size)
+        images = dar.center_crops(map(dar.load_rgb, paths[which.start : which.stop]), size)
         noise = dar.initial_noise([args.seed + i for i in which], size, device)
         codes = tokenizer.encode(images.to(device))[:, : args.tokens]
         return [tokenizer.decode(codes, noise, args.steps, args.solver), images]
@@ -377,8 +368,7 @@ def main() -> None:
     processes = dar.Processes.start(dar.pick_device(args.device))
     device, args.device = processes.device, processes.device.type
     if args.dtype == "auto":  # a bundle keeps the dtype of its files; pictures take what is fast
-        fast = dar.has_fast_bfloat16(device)
-        args.dtype = "" if args.save_bundle else "bfloat16" if fast else "float32"
+        args.dtype = "" if args.save_bundle else "bfloat16" if dar.has_fast_bfloat16(device) else "float32"
     if args.dtype == "float16" and device.type == "cpu" and not args.save_bundle:
         raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
     dtype = None if args.save_bundle else DTYPES[args.dtype]

@@ -215,13 +215,17 @@ class CodeUse:
         return {"code_use": seen, "constant_positions": constant.float().mean().item()}
 
 
+def centre_crops(data: dar.ImageData, indices) -> Tensor:
+    return dar.center_crops((data.next_readable(int(i))[0] for i in indices), data.size)
+
+
 @torch.no_grad()
 def held_out(model, data: dar.ImageData, count: int, device, batch: int = 50) -> dict[str, float]:
     """PSNR (ab2, S = K, noise from the image's index) and share of the codebook seen, over `count` images."""
     quality, seen = [], []
     order = np.random.default_rng(0).permutation(len(data))[:count]
     for indices in np.array_split(order, max(1, len(order) // batch)):
-        images = data.centred(indices).to(device)
+        images = centre_crops(data, indices).to(device)
         codes = model.encode(images)
         decoded = model.decode(codes, dar.initial_noise(indices.tolist(), data.size, device))
         quality.append(dar.psnr(decoded, images))
@@ -233,7 +237,7 @@ def held_out(model, data: dar.ImageData, count: int, device, batch: int = 50) ->
 def reconstruction_picture(model, data: dar.ImageData, device, count: int = 8):
     """A row an image: original, the preview after each step, reconstruction."""
     count = min(count, len(data))
-    images = data.centred(i * len(data) // count for i in range(count)).to(device)
+    images = centre_crops(data, (i * len(data) // count for i in range(count))).to(device)
     codes, noise = model.encode(images), dar.initial_noise(list(range(count)), data.size, device)
     columns = [images, *model.previews(codes, noise), model.decode(codes, noise)]
     return dar.tile(torch.stack(columns, 1).flatten(0, 1), len(columns))
