@@ -231,8 +231,7 @@ class KVCache:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / 8) v for queries [B, heads, n, 64] and keys and values [B, heads, m, 64].
     mask: bool [n, m], true = may attend. causal: the n queries stand at the last n of the m >= n keys' places and see
-    none behind their own. In bfloat16 on a CPU it is written out, 512 queries at a time: torch's fused kernel is 2 to 8
-    times slower there."""
+    none behind their own. In bfloat16 on a CPU it is written out: torch's fused kernel is 2 to 8 times slower there."""
     n, m = q.shape[-2], k.shape[-2]
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
     if causal and n > 1 and (plain or n < m):
@@ -240,7 +239,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     if not plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and n > 1)
     parts = []
-    for i in range(0, n, 512):
+    for i in range(0, n, 512):  # queries at a time
         scores = q[:, :, i : i + 512] @ k.transpose(-1, -2) / HEAD_DIM**0.5
         if mask is not None:
             scores = scores.masked_fill(~mask[i : i + 512], -math.inf)
@@ -454,7 +453,7 @@ def _check_fields(config, may_be_zero: tuple[str, ...]) -> None:
             continue
         wanted = "a number, " if field.type is float else "an integer, "
         above = "" if field.name in may_be_zero else "above "
-        if isinstance(value, bool) or not isinstance(value, number) or not 0 <= value < 2**31 or above and value == 0:
+        if isinstance(value, bool) or not isinstance(value, number) or not 0 <= value < 2**31 or above and not value:
             raise ValueError(f"{field.name} = {value!r}: expected {wanted}{above}0 ... 2**31")
         if field.name.endswith("width") and value % HEAD_DIM:
             raise ValueError(f"{field.name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
@@ -917,8 +916,7 @@ def generate_groups(
     ar, labels, num_tokens=None, group_size=None, cfg=(1.1, 8.0), seeds=None, greedy=False, prefix=None, **filters
 ) -> Iterator[Tensor]:
     """ARTransformer.generate, yielding each group_size tokens, int64 [B, group_size], as soon as they are drawn.
-    A token is argmax(logits + Gumbel noise), which draws from softmax(logits); the noise of a picture is its own.
-    filters: temperature, top_k, top_p."""
+    A token is argmax(logits + Gumbel noise), which draws from softmax(logits). filters: temperature, top_k, top_p."""
     c, device, batch = ar.config, labels.device, len(labels)
     count = c.num_tokens if num_tokens is None else num_tokens
     prefix = _check_generation(ar, labels, count, prefix, **filters)
@@ -965,13 +963,12 @@ def _check_generation(ar, labels, count, prefix, temperature=1.0, top_k=0, top_p
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected > 0, >= 0, and in (0, 1]")
     if prefix is None:
         return labels.new_empty(len(labels), 0)
-    if prefix.ndim not in (1, 2) or prefix.ndim == 2 and len(prefix) not in (1, len(labels)):
-        raise ValueError(f"prefix of shape {list(prefix.shape)}: expected [n] or [B, n] with B = {len(labels)}")
-    prefix = prefix.to(labels.device).expand(len(labels), -1)
-    if prefix.dtype != torch.int64 or prefix.shape[1] > count:
-        raise ValueError(f"prefix: {prefix.dtype} [B, {prefix.shape[1]}], expected torch.int64, at most {count} tokens")
+    fits = prefix.ndim == 1 or prefix.ndim == 2 and len(prefix) in (1, len(labels))
+    if not fits or prefix.dtype != torch.int64 or prefix.shape[-1] > count:
+        wanted = f"torch.int64 [n] or [B, n] with B = {len(labels)}, n <= {count}"
+        raise ValueError(f"prefix: {prefix.dtype} {list(prefix.shape)}, expected {wanted}")
     _check_range("prefix tokens", prefix, c.vocab_size)
-    return prefix
+    return prefix.to(labels.device).expand(len(labels), -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1143,13 +1140,13 @@ def load_tokenizer(path: str | Path, device="cpu", dtype=None, weights: str = "e
     FileNotFoundError, or ValueError naming the file and every key that is missing, unexpected or of a wrong shape."""
     data = read_checkpoint(path)
     with _about(path):
-        return _build_tokenizer(data, torch.device(device), dtype, weights)
+        return _build_tokenizer(data, device, dtype, weights)
 
 
 def load_ar(path, device="cpu", dtype=None, weights="ema", tokenizer=None, num_tokens=None) -> ARTransformer:
     """A Llama from our format or the released layout, in eval mode; `tokenizer` is the one given, else the file's, else
     None. Released files do not say N: it is the tokenizer's, else num_tokens, else 256. Otherwise as load_tokenizer."""
-    data, device = read_checkpoint(path), torch.device(device)
+    data = read_checkpoint(path)
     with _about(path):
         config, state = _recognise(data, weights, ARConfig)
         if tokenizer is None and config is not None and "tokenizer" in data:
@@ -1159,7 +1156,7 @@ def load_ar(path, device="cpu", dtype=None, weights="ema", tokenizer=None, num_t
         if config is None:  # a released file
             codes, width = _shape(state, "tok_embeddings.weight", 2)
             classes = _shape(state, "cls_embedding.weight", 2)[0] - 1
-            n = tokenizer.config.num_tokens if tokenizer is not None else num_tokens or 256
+            n = tokenizer.config.num_tokens if tokenizer else num_tokens or 256
             config = ARConfig(width, _depth(state, "layers."), codes, classes, n)
         ar = _assign(ARTransformer, config, state, device, dtype)
         names = data.get("class_names")
@@ -1171,10 +1168,9 @@ def load_ar(path, device="cpu", dtype=None, weights="ema", tokenizer=None, num_t
     return ar
 
 
-def _build_tokenizer(data: dict, device: torch.device, dtype, weights: str) -> SequentialDiffusionTokenizer:
+def _build_tokenizer(data: dict, device, dtype, weights: str) -> SequentialDiffusionTokenizer:
     config, state = _recognise(data, weights, TokenizerConfig)
-    if config is None:
-        config = _released_tokenizer_config(data.get("config"), state)
+    config = config or _released_tokenizer_config(data.get("config"), state)
     return _assign(SequentialDiffusionTokenizer, config, state, device, dtype)
 
 
@@ -1187,21 +1183,8 @@ RELEASED_NAMES = {  # prefix in the authors' files -> ours
     "diff_decoder.net.": "diffusion.",
     "cls_embedding.embedding_table.": "cls_embedding.",
 }
-LAYERS = {  # config field -> where those layers stand in a state dict
-    "encoder_layers": "encoder_layers.",
-    "decoder_layers": "decoder_layers.",
-    "diffusion_layers": "diffusion.blocks.",
-    "layers": "layers.",
-}
-
-
-def _own_name(name: str) -> str:
-    while name.startswith(("module.", "_orig_mod.")):  # left by DistributedDataParallel and torch.compile
-        name = name.split(".", 1)[1]
-    for released, ours in RELEASED_NAMES.items():
-        if name.startswith(released):
-            return ours + name[len(released) :]
-    return name
+LAYERS = {field: f"{field}." for field in ("layers", "encoder_layers", "decoder_layers")}  # where a state dict has them
+LAYERS["diffusion_layers"] = "diffusion.blocks."
 
 
 def _recognise(data: dict, weights: str, config_class) -> tuple[TokenizerConfig | ARConfig | None, dict]:
@@ -1211,22 +1194,22 @@ def _recognise(data: dict, weights: str, config_class) -> tuple[TokenizerConfig 
     places = (data.get("ema") if weights == "ema" else None), data.get("model"), data
     found = next(place for place in places if isinstance(place, dict))
     state = {}
-    for theirs, value in found.items():
-        name = _own_name(theirs) if isinstance(theirs, str) else repr(theirs)
+    for name, value in found.items():  # DistributedDataParallel and torch.compile leave prefixes
+        name = re.sub(r"^((module|_orig_mod)\.)+", "", name if isinstance(name, str) else repr(name))
+        prefix = next((released for released in RELEASED_NAMES if name.startswith(released)), "")
+        name = RELEASED_NAMES.get(prefix, "") + name.removeprefix(prefix)
         if name in state:
             raise ValueError(f"{name} stands in it twice, with and without a prefix")
         if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]  # released 1x1 convolutions are our Linears
         state[name] = value
     state.pop("quantize.codebook_used", None)  # the authors' usage counter, no weight
-    holds, llama = (
-        "neither tokenizer nor Llama (no patchify.weight, no tok_embeddings.weight)",
-        "an autoregressive model",
-    )
-    holds = "a tokenizer" if "patchify.weight" in state else llama if "tok_embeddings.weight" in state else holds
-    wanted = "a tokenizer" if config_class is TokenizerConfig else llama
-    if holds != wanted:
-        raise ValueError(f"holds {holds}, expected {wanted}")
+    kinds = {TokenizerConfig: ("a tokenizer", "patchify.weight")}
+    kinds[ARConfig] = "an autoregressive model", "tok_embeddings.weight"
+    holds = [kind for kind, key in kinds.values() if key in state] or ["neither tokenizer nor Llama"]
+    wanted, key = kinds[config_class]
+    if holds[0] != wanted:
+        raise ValueError(f"holds {holds[0]}, expected {wanted} (with {key})")
     if "format" not in data:
         return None, state
     if data["format"] != FORMAT:
@@ -1257,31 +1240,24 @@ def _released_tokenizer_config(config, state: dict) -> TokenizerConfig:
     diffusion = config.get("diff_decoder", {}) if isinstance(config, dict) else None
     if not isinstance(diffusion, dict):
         raise ValueError("its config is no dict of settings")
+    says = diffusion | config
     for name, wanted in {"vq_enable": True, "mlp_head": False, "share_time_encoding": False}.items():
-        found = config.get(name, diffusion.get(name, wanted))
-        if found is not wanted:
-            raise ValueError(f"its config says {name} = {found!r}; only {wanted} is supported")
+        if says.get(name, wanted) is not wanted:
+            raise ValueError(f"its config says {name} = {says[name]!r}; only {wanted} is supported")
     fields = {name: _depth(state, prefix) for name, prefix in LAYERS.items() if name != "layers"}
     fields["encoder_width"], _, fields["encoder_patch"], _ = _shape(state, "patchify.weight", 4)
     fields["codebook_size"], fields["code_dim"] = _shape(state, "quantize.embedding.weight", 2)
     fields["max_tokens"], fields["decoder_width"] = _shape(state, "decoder_embedding.weight", 2)
     fields["diffusion_width"], pixels = _shape(state, "diffusion.patch_in.weight", 2)
     fields["diffusion_patch"] = math.isqrt(pixels // 3)
-    for name, theirs, default in (
-        ("num_tokens", "num_all_queries", 256),
-        ("num_groups", "num_query_groups", 8),
-        ("num_steps", "num_denoising_steps", 0),
-        ("time_shift", "time_shift", 2.0),
-        ("data_scale", "data_std", 0.6),
-        ("repa_layer", "repa_layer", min(8, fields["diffusion_layers"] - 1)),  # a shallower network has no block 8
-    ):
-        fields[name] = config.get(theirs, diffusion.get(theirs, default))
-    if "diffusion.repa_head.0.weight" not in state:
-        fields["repa_layer"] = None
-    return TokenizerConfig(group_rule="nearest", **fields)
+    fields["num_tokens"], fields["num_groups"] = says.get("num_all_queries", 256), says.get("num_query_groups", 8)
+    fields["num_steps"], fields["time_shift"] = says.get("num_denoising_steps", 0), says.get("time_shift", 2.0)
+    has_head, deepest = "diffusion.repa_head.0.weight" in state, fields["diffusion_layers"] - 1
+    fields["repa_layer"] = says.get("repa_layer", min(8, deepest)) if has_head else None
+    return TokenizerConfig(data_scale=says.get("data_std", 0.6), group_rule="nearest", **fields)
 
 
-def _assign(model_class, config, state: dict, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _assign(model_class, config, state: dict, device, dtype) -> nn.Module:
     """Builds the model without memory, accounts for every key of the state dict, and gives it copies of the tensors."""
     for field, prefix in LAYERS.items():  # before a wrong number makes us build a thousand layers
         depth = _depth(state, prefix) if hasattr(config, field) else 0
@@ -1414,8 +1390,7 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, whatever it was: grey, palette, CMYK, 16-bit; alpha goes onto white.
-    Raises ValueError naming a file that is no readable image."""
+    """An image file as 8-bit RGB, whatever it was; alpha goes onto white. ValueError naming an unreadable file."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -1475,8 +1450,7 @@ def draw_shape(index: int, size: int) -> Image.Image:
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """The image files below a folder, sorted, relative to it. Raises FileNotFoundError without the folder, ValueError
-    without images."""
+    """The image files below a folder, sorted, relative to it; FileNotFoundError or ValueError if there are none."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     start, found = len(os.path.join(folder, "")), []
@@ -1598,8 +1572,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 class EMA:
     """Exponential moving average of a model's parameters, kept as a second model in eval mode (float32).
-    Decay min(0.999, (1 + i) / (10 + i)) after i updates: the first averages forget the random initial weights
-    quickly."""
+    Decay min(0.999, (1 + i) / (10 + i)) after i updates: the first averages forget the random weights quickly."""
 
     def __init__(self, model: nn.Module, max_decay: float = 0.999):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -1677,8 +1650,7 @@ def check_training_arguments(args: argparse.Namespace, recipe: dict, **least: fl
 class TrainingRun:
     """A training: its folder (last.pt, the one before, log.csv, pictures), its optimisation step, resuming, stopping.
     args: the shared arguments. settings: {what: value} that must not change within a run (model, data). terms: names of
-    the loss terms. columns: more of log.csv. Raises ValueError, naming the difference, if the folder holds another
-    run."""
+    the loss terms. columns: more of log.csv. Raises ValueError if the folder holds another run, naming what differs."""
 
     def __init__(self, args, processes: Processes, model, ema, optimizer, settings: dict, terms: list, columns: list):
         self.args, self.processes, self.folder = args, processes, Path(args.out)
@@ -1719,8 +1691,7 @@ class TrainingRun:
     # The loop
 
     def steps(self) -> Iterator[int]:
-        """Counts the steps from where the run stands; after each one it saves where that is due, and at a signal. Then
-        exit_code is 0, or 128 + the signal."""
+        """Counts the steps; after each one it saves if due or at a signal, whose number + 128 is then the exit_code."""
         args = self.args
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember_signal)
@@ -1765,8 +1736,7 @@ class TrainingRun:
     def optimise(self, losses, chunks: list, rate: float) -> None:
         """One step at learning rate `rate`: gradients over the chunks (micro-batches), clipped, averaged into EMA.
         losses(chunk) returns {term: scalar}, which sum to the loss, and over chunks and processes (as a mean) to the
-        batch's. Raises FloatingPointError, naming step and cause, before anything that is not finite can reach
-        weights."""
+        batch's. Raises FloatingPointError, naming step and cause, before anything not finite can reach weights."""
         device, world = self.processes.device, self.processes.world
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(len(self.terms), device=device)
