@@ -2,9 +2,7 @@
 arXiv 2505.23660), from the time schedule to the training loop's plumbing, in the order in which one would teach it.
 
     chapter               what                                         where the paper has it
-    1  Schedule and flow  shift_time, unshift_time                     eq. 8, eq. 5 (t')
-                          condition_group                              eq. 5 (c(t) = g_ceil(t'K))
-                          interpolate, jump_estimate                   eq. 3-4, section 5.1 "Consistent previews"
+    1  Schedule and flow  shift_time, condition_group, interpolate     eq. 3-5
                           sampling_schedule, solver_step               eq. 8, Table 2 (Euler, Adams 2nd)
     2  Quantizer          VectorQuantizer                              eq. 1, appendix I "Vector quantization"
     3  Attention          rope_1d, rope_2d, Attention, GatedBlock      section 4, appendix I "Transformer architecture"
@@ -29,6 +27,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import math
 import os
 import re
@@ -506,8 +505,9 @@ class TokenizerConfig:
 
 
 def _check_range(what: str, numbers: Tensor, count: int) -> None:
-    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
-        raise ValueError(f"{what} from {int(numbers.min())} to {int(numbers.max())}: expected 0 ... {count - 1}")
+    low, high = (int(numbers.min()), int(numbers.max())) if numbers.numel() else (0, 0)
+    if low < 0 or high >= count:
+        raise ValueError(f"{what} from {low} to {high}: expected 0 ... {count - 1}")
 
 
 LITE = dict(encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_layers=8, repa_layer=5)
@@ -552,9 +552,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         # 0.02 here and N(0, 1) positions, z' would hardly depend on the codes for the first hundreds of steps.
         nn.init.normal_(self.quant_out.weight)
         nn.init.normal_(self.decoder_embedding.weight, std=0.02)
-        self.diffusion = DiffusionDecoder(
-            c.diffusion_width, c.decoder_width, c.diffusion_layers, c.diffusion_patch, c.repa_layer, c.init_std
-        )
+        sizes = c.diffusion_width, c.decoder_width, c.diffusion_layers, c.diffusion_patch
+        self.diffusion = DiffusionDecoder(*sizes, c.repa_layer, c.init_std)
 
     # The parts, from left to right in Fig. 4
 
@@ -987,19 +986,11 @@ class StreamStep(typing.NamedTuple):
 
 
 def stream(
-    ar: ARTransformer,
-    tokenizer: SequentialDiffusionTokenizer,
-    labels: Tensor,
-    cfg: float | tuple[float, float] | None = (1.1, 8.0),
-    seeds: int | list[int] | None = None,
-    noise: Tensor | None = None,
-    num_steps: int | None = None,
-    solver: str = "ab2",
-    **sampling,
+    ar, tokenizer, labels: Tensor, cfg=(1.1, 8.0), seeds=None, noise=None, num_steps=None, solver="ab2", **sampling
 ) -> Iterator[StreamStep]:
     """Section 3.3: yields a StreamStep after each group of N/K tokens; the last one's x is the finished picture.
-    labels, cfg, seeds and the rest of sampling (greedy, temperature, top_k, top_p, prefix) are those of
-    ARTransformer.generate; num_steps and solver those of the tokenizer's decode. noise: x0, each picture's own if None.
+    labels, cfg, seeds and sampling (greedy, temperature, top_k, top_p, prefix) are those of ARTransformer.generate,
+    num_steps and solver those of the tokenizer's decode. noise: x0, each picture's own if None.
     The same codes and noise given to decode() end in the same picture: both are tokenizer.denoise."""
     ar.check_tokenizer(tokenizer)
     seeds = resolve_seeds(seeds, len(labels))
@@ -1007,16 +998,13 @@ def stream(
         noise = initial_noise(seeds, tokenizer.config.image_size, labels.device)
     if len(noise) != len(labels):
         raise ValueError(f"noise for {len(noise)} pictures, labels for {len(labels)}")
-    drawn, preview = [], None  # the first round brings a preview: step 0 uses group 0
-
-    def groups():
-        for codes in generate_groups(ar, labels, None, tokenizer.config.group_size, cfg, seeds, **sampling):
-            drawn.append(codes)
-            yield codes
-
-    for x, previews in tokenizer.denoise(groups(), noise, num_steps, solver):
-        preview = previews[-1] if previews else preview
-        yield StreamStep(torch.cat(drawn, 1), x, preview)
+    groups = generate_groups(ar, labels, None, tokenizer.config.group_size, cfg, seeds, **sampling)
+    groups, drawn = itertools.tee(groups)
+    codes, preview = labels.new_empty(len(labels), 0), None
+    for (x, previews), group in zip(tokenizer.denoise(groups, noise, num_steps, solver), drawn):
+        codes = torch.cat((codes, group), 1)
+        preview = previews[-1] if previews else preview  # the first round brings one: step 0 uses group 0
+        yield StreamStep(codes, x, preview)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1664,10 +1652,9 @@ class TrainingRun:
         self.micro = args.micro_batch or self.share
         if self.share % self.micro:
             raise ValueError(f"--micro-batch {self.micro} does not divide the {self.share} images of one process")
-        precision = args.precision
-        if precision == "auto":
-            precision = "bfloat16" if has_fast_bfloat16(processes.device) else "float32"
-        self.dtype, self.scaler = getattr(torch, precision), LossScaler(precision == "float16")
+        fast = "bfloat16" if has_fast_bfloat16(processes.device) else "float32"
+        self.dtype = getattr(torch, fast if args.precision == "auto" else args.precision)
+        self.scaler = LossScaler(self.dtype == torch.float16)
         self.received = self.signal = 0  # a signal that reached this process; the one that all have agreed to stop for
         self.sums = torch.zeros(len(self.terms) + 1, dtype=torch.float64)  # of the terms and the gradient norm
         self.step = self.since = 0  # steps taken; steps taken at the log's last row
@@ -1718,10 +1705,8 @@ class TrainingRun:
         args, p, self.data = self.args, self.processes, samples.data
         first = (step * args.batch + p.rank * self.share for step in range(self.step, args.steps))
         positions = (range(f + i, f + i + self.micro) for f in first for i in range(0, self.share, self.micro))
-        workers = args.workers
-        if workers is None:
-            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            workers = 0 if self.data.size < 64 else min(8, cores)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = args.workers if args.workers is not None else 0 if self.data.size < 64 else min(8, cores)
         loader = sample_loader(samples, positions, workers, p.device.type == "cuda")
         for _ in range(self.step, args.steps):
             chunks = []
@@ -1856,10 +1841,9 @@ class TrainingRun:
                 continue
             training = checkpoint.get("training", {})
             before = training.get("settings", {})
-            changed = [f"{k} was {before.get(k)}, is {v}" for k, v in self.settings.items() if before.get(k) != v]
-            if changed:
-                difference = "; ".join(changed[:6])
-                raise ValueError(f"{path}: another run ({difference}); choose another --out, or --resume never")
+            new = [f"{k} was {before.get(k)}, is {v}" for k, v in self.settings.items() if before.get(k) != v][:6]
+            if new:
+                raise ValueError(f"{path}: another run ({'; '.join(new)}); choose another --out, or --resume never")
             self.model.load_state_dict(checkpoint["model"])
             if self.ema:
                 self.ema.model.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
