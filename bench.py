@@ -268,7 +268,8 @@ def loader_row(args):
         crop = partial(train_tokenizer.random_crop, size=256, flip=True)
         samples = dar.Samples(dar.ImageData(str(source), 256), crop, seed=0)
         alone = seconds_of(lambda: [samples[i] for i in range(32)], torch.device("cpu"), args.seconds) / 32
-        loader = dar.sample_loader(samples, (range(i, i + 32) for i in range(0, 10**9, 32)), args.workers)
+        batches = (range(i, i + 32) for i in range(0, 10**9, 32))
+        loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=args.workers))
         seconds = seconds_of(lambda: next(loader), torch.device("cpu"), args.seconds) / 32
         yield (
             f"loader, {args.workers} workers",

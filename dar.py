@@ -35,6 +35,7 @@ import shutil
 import signal
 import sys
 import time
+import types
 import typing
 import warnings
 import zipfile
@@ -56,7 +57,6 @@ EPS = 1e-6  # of every LayerNorm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Schedule and flow
-#
 # Flow matching (eq. 3, 4) moves along straight lines from noise x0 to an image x1; a network learns the velocity.
 # D-AR's own idea is *which tokens the network sees when*: time is cut into K pieces, and piece k belongs to the k-th
 # group of tokens alone (eq. 5). The pieces are equal in s and unequal in t: t = shift_time(s) spends more of the
@@ -133,7 +133,6 @@ def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: s
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Quantizer
-#
 # A token is the index of the codebook row nearest to a feature vector. Both live on the unit sphere (appendix I), where
 # the nearest row is simply the one with the largest inner product.
 
@@ -178,7 +177,6 @@ class VectorQuantizer(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Attention and blocks
-#
 # One attention for the whole tokenizer: LayerNorm on queries and keys of each head, then a rotary embedding (RoPE)
 # where tokens have a place in the image, then scaled dot products (appendix I).
 
@@ -335,9 +333,8 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> nn.Module:
-    """Packs the Linears of a model, in place, if it lies on a CPU (elsewhere nothing happens); returns the model.
-    For sampling only: packed weights are neither trained nor saved. Products of a few rows, which is what generation
-    consists of, take a half to a tenth of the time, and float32 ones of many rows, as in denoising, less than half."""
+    """Packs the Linears of a model on a CPU in place, for sampling only (they are neither trained nor saved then).
+    Products of a few rows, as in generation, take a half to a tenth of the time, float32 ones of many under half."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear and child.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -347,7 +344,6 @@ def pack_linears(model: nn.Module) -> nn.Module:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Diffusion decoder
-#
 # A diffusion transformer on raw pixel patches (Fig. 4, right). It differs from DiT in one place: the modulation of
 # AdaLN-zero is not one vector for the picture but one for each patch, because what conditions a patch is what that
 # patch reads from the step's group of tokens by cross-attention.
@@ -439,7 +435,6 @@ class DiffusionDecoder(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Tokenizer
-#
 # Image -> encoder -> quantizer -> 256 codes -> causal decoder -> z' -> diffusion decoder -> image (Fig. 4). The codes
 # are what the Llama of chapter 6 learns to predict; everything to their right runs left to right, group by group.
 
@@ -633,9 +628,8 @@ class SequentialDiffusionTokenizer(nn.Module):
     def denoise(self, code_groups: Iterable[Tensor], noise: Tensor, num_steps=None, solver: str = "ab2") -> Iterator:
         """The sampler behind decode, previews and stream: takes each denoising step as soon as its group is there.
         code_groups yields K (or fewer) groups of codes, int64 [B, N/K]; noise is x0 [B, 3, H, W]. After each group it
-        yields (x_t, previews): x_t where the flow then stands, and the jump estimates of the steps that were taken with
-        that group (one, if S = K; none or several otherwise); all divided by data_scale, float32 [B, 3, H, W]. The last
-        x_t is the decoded image. z' comes from a KV cache, so that a group costs the same wherever it stands."""
+        yields (x_t, previews): where the flow then stands (in the end, the decoded image), and a list of the jump
+        estimates of the steps taken with that group (one, if S = K); all over data_scale, float32 [B, 3, H, W]."""
         c, dtype = self.config, self.quant_out.weight.dtype
         self._check_size(noise, "noise", c.diffusion_patch)
         num_steps = (c.num_steps or c.num_groups) if num_steps is None else num_steps
@@ -699,7 +693,6 @@ class SequentialDiffusionTokenizer(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Llama
-#
 # An unmodified decoder-only transformer (section 3.2): RMSNorm, SwiGLU, 1D RoPE, the class as a prefix token. Nothing
 # in it knows about images; that is the point of D-AR.
 
@@ -852,7 +845,6 @@ class ARTransformer(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Generation
-#
 # Tokens are drawn left to right with a KV cache. All randomness of a picture comes from its own seed, so a picture does
 # not depend on the batch it was drawn in, or on how many processes shared the work.
 
@@ -972,7 +964,6 @@ def _check_generation(ar, labels, count, prefix, temperature=1.0, top_k=0, top_p
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Streaming
-#
 # Fig. 1 in one function: while the Llama writes, each finished group of tokens takes the picture one denoising step on,
 # and the velocity of that step gives a preview for nothing.
 
@@ -1009,22 +1000,11 @@ def stream(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints
-#
 # Ours are one file of plain dicts and tensors: {"format", "kind", "config", "model", perhaps "ema", "class_names",
 # "tokenizer" (a whole tokenizer checkpoint inside a Llama's), "training" (what resuming needs)}. The authors' files are
 # recognised by what is in them and renamed key by key. Either way a file is data: nothing in it can run.
 
 FORMAT = "dar-1"
-
-
-class InertObject:
-    """Stands in for the classes that released files mention: holds attributes, does nothing, imports nothing."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        self.__dict__.update(state if isinstance(state, dict) else {})
 
 
 @contextlib.contextmanager
@@ -1062,12 +1042,12 @@ def read_checkpoint(path: str | Path) -> dict:
         if not is_zip:
             hint = "an old one: load it with the torch that wrote it and torch.save it again; a download: repeat it"
             raise ValueError(f"not a checkpoint in torch's zip format ({hint})")
-        stand_ins = [(InertObject, "argparse.Namespace"), (InertObject, "config_util.Config")]
+        inert = types.SimpleNamespace  # holds attributes and does nothing, in place of what released files mention
+        stand_ins = [(inert, "argparse.Namespace"), (inert, "config_util.Config")]
         try:
             _check_zip(path)
-            # The stand-ins hold inside this block alone. torch's remarks on odd pickles: the error says what matters.
             with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+                warnings.simplefilter("ignore")  # torch's remarks on odd pickles: the error says what matters
                 data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a damaged pickle can fail in any way there is
             found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
@@ -1222,7 +1202,7 @@ def _depth(state: dict, prefix: str) -> int:
 
 def _released_tokenizer_config(config, state: dict) -> TokenizerConfig:
     """Widths and depths from the shapes; N, K, S, data scale and beta from the config in the file, else v1's."""
-    if isinstance(config, InertObject):
+    if isinstance(config, types.SimpleNamespace):
         config = config.__dict__.get("_data")
     config = {} if config is None else config.get("model", config) if isinstance(config, dict) else config
     diffusion = config.get("diff_decoder", {}) if isinstance(config, dict) else None
@@ -1274,7 +1254,6 @@ def _assign(model_class, config, state: dict, device, dtype) -> nn.Module:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Plumbing
-#
 # What both trainings and the other scripts share: pictures, data, randomness that belongs to the sample, averaged
 # weights, processes, and runs that survive being killed. Nothing here is particular to D-AR.
 
@@ -1368,13 +1347,10 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     """Float images [n, 3, H, W] in [-1, 1] -> one white-gapped picture, row by row."""
-    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-    n, height, width, _ = pixels.shape
-    canvas = np.full((-(-n // columns) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for i, picture in enumerate(pixels):
-        y, x = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        canvas[y : y + height, x : x + width] = picture
-    return Image.fromarray(canvas)
+    images = F.pad(images, (gap, 0, gap, 0, 0, 0, 0, -len(images) % columns), value=1.0)  # [rows · columns, 3, H, W]
+    rows = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # [3, rows · H, ...]
+    pixels = to_uint8(F.pad(rows, (0, gap, 0, gap), value=1.0))
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def load_rgb(path: str | Path) -> Image.Image:
@@ -1451,8 +1427,8 @@ def list_images(folder: str | Path) -> list[str]:
 
 class ImageData:
     """Labelled images: a folder with one sub-folder a class, or the word "shapes", drawn by Pillow from the index.
-    listing: a file that keeps the list of images, so that 1.3 million files are listed once in a training, not at every
-    start. Raises FileNotFoundError or ValueError, naming the folder, if there is nothing to train on."""
+    listing: a file that keeps the list of (a million) images from one start of a training to the next. Raises
+    FileNotFoundError or ValueError, naming the folder, if there is nothing to train on."""
 
     def __init__(self, source: str, size: int, held_out: bool = False, listing: Path | None = None):
         self.source, self.size, self.held_out, self.kept = source, size, held_out, {}
@@ -1512,8 +1488,6 @@ class ImageData:
 # Randomness that belongs to the sample: position p counts the samples of a whole training, p = step · batch + place in
 # the batch. What sample p is, how it is cropped and which noise it gets depend on (seed, p) alone, so a run resumes, or
 # goes on with another number of processes, as if nothing had happened.
-
-
 @functools.lru_cache(maxsize=2)
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
@@ -1542,12 +1516,6 @@ class Samples(torch.utils.data.Dataset):
         image, found = self.data.next_readable(index)
         pixels = torch.from_numpy(np.array(self.transform(image, sample_rng(self.seed, position)))).permute(2, 0, 1)
         return pixels, self.data.labels[found], position, (found - index) % len(self.data)
-
-
-def sample_loader(samples: Samples, batches: Iterable[range], workers: int, pin: bool = False) -> Iterator[list]:
-    """The samples at the positions in each batch, in order, decoded by so many worker processes (0: by this one)."""
-    options = dict(num_workers=workers, worker_init_fn=_leave_signals_to_the_parent, pin_memory=pin)
-    return iter(torch.utils.data.DataLoader(samples, batch_sampler=batches, **options))
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -1707,7 +1675,9 @@ class TrainingRun:
         positions = (range(f + i, f + i + self.micro) for f in first for i in range(0, self.share, self.micro))
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = args.workers if args.workers is not None else 0 if self.data.size < 64 else min(8, cores)
-        loader = sample_loader(samples, positions, workers, p.device.type == "cuda")
+        options = dict(worker_init_fn=_leave_signals_to_the_parent, pin_memory=p.device.type == "cuda")
+        options |= dict(batch_sampler=positions, num_workers=workers)
+        loader = iter(torch.utils.data.DataLoader(samples, **options))
         for _ in range(self.step, args.steps):
             chunks = []
             for _ in range(self.share // self.micro):
@@ -1813,7 +1783,7 @@ class TrainingRun:
 
     def save(self) -> None:
         """Writes last.pt; the one before becomes previous.pt, and every --keep-every steps one stays as step-N.pt.
-        last.pt is whole at every moment: the new file is complete before it takes the place of the old one."""
+        last.pt is whole at every moment."""
         sums = self.processes.reduce(self.sums) / self.processes.world
         if self.processes.rank > 0:
             return
