@@ -90,7 +90,7 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
 def _interval(s: Tensor | float, n: int, last: int) -> Tensor | int:
     """The largest i <= last with i/n <= s, where i/n is rounded as s is: (1/49)·49 < 1 must not lose the edge 1/49."""
     if not isinstance(s, Tensor):
-        return int(_interval(torch.tensor(s, dtype=torch.float64), n, last))
+        return int(_interval(torch.tensor(s, dtype=torch.float64, device="cpu"), n, last))
     i = (s * n).floor()
     i = i + ((i + 1) / n <= s).to(i.dtype) - (i / n > s).to(i.dtype)
     return i.long().clamp(0, last)
@@ -122,8 +122,7 @@ def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -
 def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: str) -> Tensor:
     """One ODE step of length h from x with velocity v there; v_prev is the step before's velocity (None at the first).
     "euler": x + h v. "ab2", two-step Adams-Bashforth (Table 2, "Adams 2nd"): x + h (3/2 v - 1/2 v_prev), first step
-    Euler. These weights are exact for equal steps; the paper keeps them although the shifted steps are not, and so
-    do we, since its 1.52 rFID was measured so. Raises ValueError on an unknown solver."""
+    Euler; as in the paper, with the weights of equal steps, which the shifted ones are not. ValueError otherwise."""
     if solver not in ("euler", "ab2"):
         raise ValueError(f"solver {solver!r}: expected 'euler' or 'ab2'")
     if solver == "ab2" and v_prev is not None:
@@ -333,7 +332,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> nn.Module:
-    """Packs the Linears of a model on a CPU in place, for sampling only (they are neither trained nor saved then).
+    """Packs the Linears of a model on a CPU, in place, and returns it; packed, they are neither trained nor saved.
     Products of a few rows, as in generation, take a half to a tenth of the time, float32 ones of many under half."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -638,6 +637,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         caches = [KVCache(len(noise), heads, c.num_tokens, noise.device, dtype) for _ in self.decoder_layers]
         x, v_prev = noise.float(), None
         for k, codes in enumerate(code_groups):
+            if len(codes) != len(noise):
+                raise ValueError(f"noise for {len(noise)} pictures, codes for {len(codes)}")
             condition = self.causal_decoder(self.quantize.lookup(codes), caches)
             previews = []
             for t, t_next, group in schedule:
@@ -672,8 +673,6 @@ class SequentialDiffusionTokenizer(nn.Module):
             raise ValueError(f"{codes.shape[1]} codes: decoding takes whole groups of {c.group_size}")
         if noise is None:
             noise = torch.randn(len(codes), 3, c.image_size, c.image_size, device=codes.device)
-        if len(noise) != len(codes):
-            raise ValueError(f"noise for {len(noise)} pictures, codes for {len(codes)}")
         return self.denoise(codes.split(c.group_size, 1), noise, num_steps, solver)
 
     def _check_size(self, images: Tensor, what: str, patch: int) -> None:
@@ -987,8 +986,6 @@ def stream(
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
         noise = initial_noise(seeds, tokenizer.config.image_size, labels.device)
-    if len(noise) != len(labels):
-        raise ValueError(f"noise for {len(noise)} pictures, labels for {len(labels)}")
     groups = generate_groups(ar, labels, None, tokenizer.config.group_size, cfg, seeds, **sampling)
     groups, drawn = itertools.tee(groups)
     codes, preview = labels.new_empty(len(labels), 0), None
@@ -1228,8 +1225,8 @@ def _released_tokenizer_config(config, state: dict) -> TokenizerConfig:
 def _assign(model_class, config, state: dict, device, dtype) -> nn.Module:
     """Builds the model without memory, accounts for every key of the state dict, and gives it copies of the tensors."""
     for field, prefix in LAYERS.items():  # before a wrong number makes us build a thousand layers
-        depth = _depth(state, prefix) if hasattr(config, field) else 0
-        if depth != getattr(config, field, 0):
+        depth = _depth(state, prefix)
+        if getattr(config, field, depth) != depth:
             raise ValueError(f"its config says {field} = {getattr(config, field)}, its weights have {depth}")
     with torch.device("meta"):
         model = model_class(config)
@@ -1259,8 +1256,7 @@ def _assign(model_class, config, state: dict, device, dtype) -> nn.Module:
 
 
 def command_line(main) -> None:
-    """Runs a script's main(), which returns the exit code. Without a traceback: a user's mistake is one line and code
-    2, a training that is not finite any more 3, Ctrl-C 130."""
+    """Runs main() for its exit code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
@@ -1574,8 +1570,9 @@ def add_training_arguments(parser: argparse.ArgumentParser, presets: Iterable[st
     add("--warmup", type=int, help="steps over which the rate rises from 0 (default: the preset's)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
     add("--seed", type=int, default=0)
-    choices = ["auto", "float32", "bfloat16", "float16"]
-    add("--precision", default="auto", choices=choices, help="of products; auto: bfloat16 where it is fast")
+    add(
+        "--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 if fast"
+    )
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpoint-blocks", action="store_true", help="recompute activations in backward: less memory, more time")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
@@ -1642,8 +1639,6 @@ class TrainingRun:
         if processes.world > 1:
             devices = [processes.device.index] if processes.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(self.parallel, devices, gradient_as_bucket_view=True)
-
-    # The loop
 
     def steps(self) -> Iterator[int]:
         """Counts the steps; after each one it saves if due or at a signal, whose number + 128 is then the exit_code."""
@@ -1718,8 +1713,8 @@ class TrainingRun:
             values = (self.processes.reduce(totals) / world).tolist()
             what = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
             help = "checkpoints from before it. A lower --lr, a longer --warmup or another --precision may help"
-            what = f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g})"
-            raise FloatingPointError(f"{what}; {self.folder} holds {help}")
+            what = f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g}); {self.folder} holds"
+            raise FloatingPointError(f"{what} {help}")
         if self.scaler.takes(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -1728,8 +1723,6 @@ class TrainingRun:
                 self.ema.update(self.model)
             self.sums[-1] += norm
         self.sums[:-1] += totals.double().cpu()
-
-    # The log
 
     def due(self, every: int) -> bool:
         """Whether the step that is being finished is one of every `every`, or the last."""
@@ -1778,8 +1771,6 @@ class TrainingRun:
         writer.writeheader()
         writer.writerows(row for row in rows if int(row["step"]) <= self.step)
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-    # Saving and resuming
 
     def save(self) -> None:
         """Writes last.pt; the one before becomes previous.pt, and every --keep-every steps one stays as step-N.pt.
