@@ -581,10 +581,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         the number of tokens these two are means over; "codes" [B, N]; "pred_image" (jump estimates [B·R, 3, H, W], not
         clamped, for LPIPS); and "repa" ([B·R, g·g, 768]) if there is a head. Summing them, eq. 7, is the script's."""
         c, batch = self.config, len(images)
-        s = torch.rand(batch, device=images.device) if s is None else s
-        s = s.view(batch, -1)  # [B, R]
-        draws = s.shape[1]
-        x1 = (c.data_scale * images.float()).repeat_interleave(draws, 0)  # [B·R, 3, H, W]
+        s = (torch.rand(batch, device=images.device) if s is None else s).view(batch, -1)  # [B, R]
+        x1 = (c.data_scale * images.float()).repeat_interleave(s.shape[1], 0)  # [B·R, 3, H, W]
         x0 = torch.randn_like(x1) if noise is None else noise.view(x1.shape)
         group = condition_group(s, c.num_groups, c.group_rule)  # [B, R]
 
@@ -601,14 +599,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         t = shift_time(s, c.time_shift).flatten()
         x_t = interpolate(x0, x1, t)
         velocity, features = self.diffusion(x_t, t, condition, repa=c.repa_layer is not None)
-        out = {
-            "fm": F.mse_loss(velocity, x1 - x0) / c.data_scale**2,
-            "vq": vq,
-            "commit": c.commit_weight * commit,
-            "kept": keep.sum(),
-            "codes": codes,
-            "pred_image": jump_estimate(x_t, velocity, t) / c.data_scale,
-        }
+        out = {"fm": F.mse_loss(velocity, x1 - x0) / c.data_scale**2, "vq": vq, "commit": c.commit_weight * commit}
+        out |= {"kept": keep.sum(), "codes": codes, "pred_image": jump_estimate(x_t, velocity, t) / c.data_scale}
         return out if features is None else out | {"repa": features}
 
     # What users call
@@ -804,11 +796,10 @@ class ARTransformer(nn.Module):
             self.check_tokenizer(tokenizer)
         object.__setattr__(self, "tokenizer", tokenizer)  # a companion, not a part: its weights are not this module's
 
-    def embed(self, labels: Tensor | None, codes: Tensor | None) -> Tensor:
-        """Class embedding [B, 1, C] of int64 labels [B], then token embeddings [B, n, C] of int64 codes [B, n]."""
-        parts = [] if labels is None else [self.cls_embedding(labels)[:, None]]
-        parts += [] if codes is None else [self.tok_embeddings(codes)]
-        return torch.cat(parts, 1)
+    def embed(self, labels: Tensor | None, codes: Tensor) -> Tensor:
+        """Class embedding [B, 1, C] of int64 labels [B], if any; then token embeddings [B, n, C] of codes [B, n]."""
+        tokens = self.tok_embeddings(codes)
+        return tokens if labels is None else torch.cat((self.cls_embedding(labels)[:, None], tokens), 1)
 
     def run(self, x: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Embeddings [B, n, C] -> hidden states [B, n, C]; with caches, they follow the positions that these hold."""
@@ -1570,9 +1561,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, presets: Iterable[st
     add("--warmup", type=int, help="steps over which the rate rises from 0 (default: the preset's)")
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
     add("--seed", type=int, default=0)
-    add(
-        "--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 if fast"
-    )
+    choices = ["auto", "float32", "bfloat16", "float16"]
+    add("--precision", default="auto", choices=choices, help="of products; auto: bfloat16 where it is fast")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpoint-blocks", action="store_true", help="recompute activations in backward: less memory, more time")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
