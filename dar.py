@@ -444,10 +444,11 @@ def _check_fields(config, may_be_zero: tuple[str, ...]) -> None:
         value, number = getattr(config, field.name), (int, float) if field.type is float else int
         if field.type is str or (value is None and field.type == int | None):
             continue
-        wanted = "a number, " if field.type is float else "an integer, "
-        above = "" if field.name in may_be_zero else "above "
-        if isinstance(value, bool) or not isinstance(value, number) or not 0 <= value < 2**31 or above and not value:
-            raise ValueError(f"{field.name} = {value!r}: expected {wanted}{above}0 ... 2**31")
+        zero = field.name in may_be_zero
+        fits = isinstance(value, number) and not isinstance(value, bool) and 0 <= value < 2**31
+        if not fits or value == 0 and not zero:
+            wanted = f"{'a number' if field.type is float else 'an integer'} {'from' if zero else 'above'} 0"
+            raise ValueError(f"{field.name} = {value!r}: expected {wanted}, below 2**31")
         if field.name.endswith("width") and value % HEAD_DIM:
             raise ValueError(f"{field.name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
 
@@ -1468,8 +1469,8 @@ class ImageData:
         """Raises ValueError if more than 1% of the files turned out to be unreadable: that is no accident any more."""
         bad = self.unreadable.nonzero().flatten().tolist()
         if len(bad) > 0.01 * len(self):
-            first = os.fsdecode(self.names[bad[0]])
-            raise ValueError(f"{self.source}: {len(bad)} of {len(self)} images are unreadable, over 1% (as {first})")
+            found = f"{len(bad)} of {len(self)} images are unreadable, over 1% (as {os.fsdecode(self.names[bad[0]])})"
+            raise ValueError(f"{self.source}: {found}")
 
 
 # Randomness that belongs to the sample: position p counts the samples of a whole training, p = step · batch + place in
