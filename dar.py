@@ -373,10 +373,11 @@ def pack_linears(model: nn.Module) -> nn.Module:
     For sampling only: packed weights are neither trained nor saved. Products of a few rows, which is what generation
     consists of, take a half to a tenth of the time, and float32 ones of many rows, as in denoising, less than half.
     """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and child.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-                setattr(module, name, PackedLinear(child))
+    for name, child in model.named_children():
+        if type(child) is not nn.Linear:
+            pack_linears(child)
+        elif child.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            setattr(model, name, PackedLinear(child))  # one by one, so that no second copy of all weights is needed
     return model
 
 
