@@ -55,23 +55,28 @@ def measure(label: str, action, weights_mb: float | None = None):
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    kept = sum(p.nbytes for p in result.parameters()) / 2**20 if isinstance(result, torch.nn.Module) else None
-    ratio = f", {(peak[0] - before) / kept:.2f} x the weights" if kept else ""
+    ratio = f", {(peak[0] - before) / weights_mb:.2f} x the weights" if weights_mb else ""
     print(f"{label:44} {seconds:7.2f} s   {peak[0] - before:7.0f} MB{ratio}", flush=True)
     return result
 
 
 def row(kind: str, path: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
+    with torch.device("meta"):
+        config = (dar.TOKENIZER_PRESETS if kind == "v1" else dar.AR_PRESETS)[kind]
+        model = (dar.SequentialDiffusionTokenizer if kind == "v1" else dar.ARTransformer)(config).to(dtype)
+    weights_mb = sum(p.nbytes for p in model.parameters()) / 2**20
+    load = dar.load_tokenizer if kind == "v1" else dar.load_ar
+    model = measure(f"{kind} {name}: load and pack", lambda: dar.pack_linears(load(path, dtype=dtype)), weights_mb)
     torch.manual_seed(0)
     if kind == "v1":
-        tokenizer = measure(f"v1 {name}: load", lambda: dar.load_tokenizer(path, dtype=dtype))
         image = torch.rand(1, 3, 256, 256) * 2 - 1
-        codes = measure(f"v1 {name}: encode one image", lambda: tokenizer.encode(image))
-        measure(f"v1 {name}: decode one image, 8 steps", lambda: tokenizer.decode(codes))
+        codes = measure(f"v1 {name}: encode one image", lambda: model.encode(image))
+        measure(f"v1 {name}: decode one image, 8 steps", lambda: model.decode(codes))
     else:
-        ar = measure(f"{kind} {name}: load", lambda: dar.load_ar(path, dtype=dtype))
-        measure(f"{kind} {name}: 256 tokens, guided, one image", lambda: ar.generate(torch.tensor([1]), seeds=0))
+        for count in (1, 2):
+            what = f"{kind} {name}: 256 tokens, guided, {count} image{'s' * (count - 1)}"
+            measure(what, lambda: model.generate(torch.arange(count), seeds=0))  # noqa: B023 (called at once)
 
 
 def main() -> None:

@@ -192,13 +192,13 @@ def interrupted(words, after: int) -> None:
 
 
 def test_ctrl_c_says_how_much_is_done(model):
-    words = ("--ckpt", model, "--num", 44, "--batch", 4, "--npz", "x.npz")
+    words = ("--ckpt", model, "--num", 800, "--batch", 4, "--npz", "x.npz")
     (process,) = start(1, *words)
     while marks(Path("x.npz.part")) < 2:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGINT)
     assert finish([process]) == [130]
-    assert f"{4 * marks(Path('x.npz.part'))} of 44 pictures are done" in log_file().read_text()
+    assert f"{4 * marks(Path('x.npz.part'))} of 800 pictures are done" in log_file().read_text()
 
 
 def test_a_set_holds_the_pictures_of_its_seeds_and_their_classes(model, ar):

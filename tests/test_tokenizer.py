@@ -112,8 +112,8 @@ def test_parameter_counts_of_the_paper(preset, total, repa_head):
 
 
 def test_presets_for_training_from_scratch_follow_eq5():
-    for config in dar.TOKENIZER_PRESETS.values():
-        assert config.group_rule == "ceil" and config.time_shift == 2
+    for name, config in dar.TOKENIZER_PRESETS.items():
+        assert config.group_rule == "ceil" and config.time_shift == (4 if name == "cifar10" else 2)
 
 
 def test_tiny_is_small():
