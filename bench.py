@@ -269,7 +269,8 @@ def loader_row(args):
         samples = dar.Samples(dar.ImageData(str(source), 256), crop, seed=0)
         alone = seconds_of(lambda: [samples[i] for i in range(32)], torch.device("cpu"), args.seconds) / 32
         batches = (range(i, i + 32) for i in range(0, 10**9, 32))
-        loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=args.workers))
+        options = dict(num_workers=args.workers, worker_init_fn=dar.leave_signals_to_the_parent)
+        loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=batches, **options))
         seconds = seconds_of(lambda: next(loader), torch.device("cpu"), args.seconds) / 32
         yield (
             f"loader, {args.workers} workers",

@@ -1507,7 +1507,8 @@ class Samples(torch.utils.data.Dataset):
         return pixels, self.data.labels[found], position, (found - index) % len(self.data)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For the worker processes of a data loader: a Ctrl-C is the training's to answer."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -1662,7 +1663,7 @@ class TrainingRun:
         positions = (range(f + i, f + i + self.micro) for f in first for i in range(0, self.share, self.micro))
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = args.workers if args.workers is not None else 0 if self.data.size < 64 else min(8, cores)
-        options = dict(worker_init_fn=_leave_signals_to_the_parent, pin_memory=p.device.type == "cuda")
+        options = dict(worker_init_fn=leave_signals_to_the_parent, pin_memory=p.device.type == "cuda")
         options |= dict(batch_sampler=positions, num_workers=workers)
         loader = iter(torch.utils.data.DataLoader(samples, **options))
         for _ in range(self.step, args.steps):
