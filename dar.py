@@ -236,7 +236,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and n > 1)
     parts = []
     for i in range(0, n, 512):  # queries at a time
-        scores = q[:, :, i : i + 512] @ k.transpose(-1, -2) / HEAD_DIM**0.5
+        scores = (q[:, :, i : i + 512] / HEAD_DIM**0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask[i : i + 512], -math.inf)
         parts.append(scores.softmax(-1) @ v)
@@ -384,8 +384,9 @@ class DiffusionBlock(nn.Module):
         read = self.cross_attn(normalize(x), context=context, rope=rope)  # [B, P, C]: not added to x, it only modulates
         modulation = self.adaLN_modulation(read + self.time_embed(t)[:, None])
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
-        x = x + gate_a * self.attention(normalize(x) * (1 + scale_a) + shift_a, rope=rope)
-        return x + gate_m * self.mlp(normalize(x) * (1 + scale_m) + shift_m)
+        # addcmul(a, b, c) is a + b c in one pass over the patches instead of two
+        x = torch.addcmul(x, gate_a, self.attention(torch.addcmul(shift_a, normalize(x), 1 + scale_a), rope=rope))
+        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, normalize(x), 1 + scale_m)))
 
 
 class DiffusionDecoder(nn.Module):
