@@ -271,7 +271,8 @@ def loader_row(args):
         batches = (range(i, i + 32) for i in range(0, 10**9, 32))
         options = dict(num_workers=args.workers, worker_init_fn=dar.leave_signals_to_the_parent)
         loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=batches, **options))
-        seconds = seconds_of(lambda: next(loader), torch.device("cpu"), args.seconds) / 32
+        seconds = seconds_of(partial(next, loader), torch.device("cpu"), args.seconds) / 32
+        del loader  # its processes end before their files do
         yield (
             f"loader, {args.workers} workers",
             seconds,

@@ -236,7 +236,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and n > 1)
     parts = []
     for i in range(0, n, 512):  # queries at a time
-        scores = (q[:, :, i : i + 512] / HEAD_DIM**0.5) @ k.transpose(-1, -2)
+        part = q[:, :, i : i + 512] / HEAD_DIM**0.5
+        if n == 1:  # a matrix times a vector reads a cache's keys as they lie; the product below would copy them first
+            scores = (k @ part.transpose(-1, -2)).transpose(-1, -2)
+        else:
+            scores = part @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores.masked_fill(~mask[i : i + 512], -math.inf)
         parts.append(scores.softmax(-1) @ v)
