@@ -69,3 +69,10 @@ def losses(folder: Path) -> list[tuple[str, ...]]:
 
 def has_rows(folder: Path, count: int):
     return lambda: (folder / "log.csv").exists() and len(log(folder)) >= count
+
+
+def draw_pictures(folder: Path) -> None:
+    """24 pictures of 16 pixels in three classes."""
+    for i in range(24):
+        (folder / ("ant", "bee", "cat")[i % 3]).mkdir(parents=True, exist_ok=True)
+        dar.draw_shape(i, 16).save(folder / ("ant", "bee", "cat")[i % 3] / f"{i}.png")

@@ -1,6 +1,7 @@
 """What the test files share. Small networks with weights that all matter: fresh ones are the identity, or zero, in so
 many places (gates, AdaLN, output layers) that most claims about them would hold for the wrong code too."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -101,3 +102,12 @@ def small_tokenizer(make_tokenizer) -> dar.SequentialDiffusionTokenizer:
 def small_ar(make_ar) -> dar.ARTransformer:
     """64 codes, 32 tokens, 10 classes: fits small_tokenizer. Shared: a test that changes it takes make_ar."""
     return make_ar()
+
+
+@pytest.fixture
+def restore_signals():
+    """A training takes SIGTERM and Ctrl-C for itself; afterwards they are the test run's again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -124,14 +124,6 @@ def test_ema_follows_its_formula_for_100_steps():
     assert not ema.model.training and not ema.model.weight.requires_grad
 
 
-@pytest.fixture
-def restore_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def small_run(folder, seed=0, model=None, **settings):
     """A run on a small Linear that is trained to give zero."""
     parser = argparse.ArgumentParser()

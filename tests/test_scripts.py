@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_lines import AR, TOKENIZER, run
+from command_lines import AR, TOKENIZER, draw_pictures, run
 from PIL import Image
 
 import dar
@@ -16,10 +16,7 @@ import sample
 def work(tmp_path_factory) -> Path:
     """A folder with a trained tokenizer (tokenizer/), 24 pictures of 3 classes (data/), and a trained Llama (ar/)."""
     work = tmp_path_factory.mktemp("work")
-    for i in range(24):
-        folder = work / "data" / ("ant", "bee", "cat")[i % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        dar.draw_shape(i, 16).save(folder / f"{i}.png")
+    draw_pictures(work / "data")
     run(*TOKENIZER, *"--out tokenizer --steps 3".split(), cwd=work)
     run(*AR, *"--tokenizer tokenizer/last.pt --out ar --steps 3".split(), cwd=work)
     return work

@@ -12,7 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_lines import AR, ROOT, SMALL, TOKENIZER, command, environment, has_rows, kill_when, log, losses, run, start
+from command_lines import (
+    AR,
+    ROOT,
+    SMALL,
+    TOKENIZER,
+    command,
+    draw_pictures,
+    environment,
+    has_rows,
+    kill_when,
+    log,
+    losses,
+    run,
+    start,
+)
 from PIL import Image
 
 import dar
@@ -26,10 +40,7 @@ CPU = torch.device("cpu")
 def work(tmp_path_factory) -> Path:
     """A folder with a trained tokenizer (tokenizer/), 24 pictures of 3 classes (data/), and a trained Llama (ar/)."""
     work = tmp_path_factory.mktemp("work")
-    for i in range(24):
-        folder = work / "data" / ("ant", "bee", "cat")[i % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        dar.draw_shape(i, 16).save(folder / f"{i}.png")
+    draw_pictures(work / "data")
     words = "--val shapes --out tokenizer --steps 5 --codebook-warmup 2 --times 2 --keep-every 2 --save-every 1".split()
     run(*TOKENIZER, *words, cwd=work)
     run(*AR, *"--val data --tokenizer tokenizer/last.pt --out ar --steps 5 --ema".split(), cwd=work)
@@ -283,14 +294,6 @@ def test_llama_steps_are_the_same_for_any_number_of_processes(work):
 
 
 # Precision, memory, speed
-
-
-@pytest.fixture
-def restore_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
