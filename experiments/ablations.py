@@ -30,7 +30,7 @@ ROWS = {
 }
 
 
-def main() -> None:
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of training images, one sub-folder a class")
     parser.add_argument("--val", required=True, help="held-out images")
@@ -46,7 +46,9 @@ def main() -> None:
         words += ["--device", args.device, "--seed", int("seed" in name)] + (
             ["--set", *fields.split()] if fields else []
         )
-        subprocess.run([sys.executable, train_tokenizer.__file__, *map(str, words)], check=True)
+        done = subprocess.run([sys.executable, train_tokenizer.__file__, *map(str, words)])
+        if done.returncode:  # it has said why
+            return done.returncode
         tokenizer = dar.load_tokenizer(folder / "last.pt", device)
         data = dar.ImageData(args.val, tokenizer.config.image_size, held_out=True)
         found = train_tokenizer.held_out(tokenizer, data, args.num, device)

@@ -245,7 +245,7 @@ def one_process(work) -> tuple[list[dict], list[torch.Tensor]]:
     return log(work / "one"), torch.load(work / "one-0.pt", weights_only=True)
 
 
-STEP = "--batch 8 --steps 2 --times 2 --codebook-warmup 1".split()
+STEP = "--batch 8 --steps 2 --times 2 --codebook-warmup 0".split()  # quantized, so that its losses count
 AR_STEP = "--tokenizer tokenizer/last.pt --batch 8 --steps 2 --dropout 0".split()
 
 
