@@ -204,10 +204,10 @@ def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) ->
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns adjacent pairs of x [..., n, 64] by rope [n, 32, 2]: (a cos - b sin, a sin + b cos), in float32."""
-    cos, sin = rope.unbind(-1)
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    """Turns adjacent pairs of x [..., n, 64] by rope [n, 32, 2], in float32. As complex numbers, (a + ib)(cos + i sin),
+    that is one pass over x instead of seven."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 
 class KVCache:
@@ -234,15 +234,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         mask, causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n), False
     if not plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and n > 1)
-    parts = []
-    for i in range(0, n, 512):  # queries at a time
-        part = q[:, :, i : i + 512] / HEAD_DIM**0.5
-        if n == 1:  # a matrix times a vector reads a cache's keys as they lie; the product below would copy them first
-            scores = (k @ part.transpose(-1, -2)).transpose(-1, -2)
-        else:
-            scores = part @ k.transpose(-1, -2)
+    if n == 1 and mask is None:  # matrix times vector reads the keys of a cache as they lie; the loop below copies them
+        return (k @ q.transpose(-1, -2) / HEAD_DIM**0.5).transpose(-1, -2).softmax(-1) @ v
+    q, k, v, parts = q / HEAD_DIM**0.5, k.transpose(-1, -2).contiguous(), v.contiguous(), []
+    for i in range(0, n, 128):  # queries at a time: their scores stay in the processor's cache
+        scores = q[:, :, i : i + 128] @ k
         if mask is not None:
-            scores = scores.masked_fill(~mask[i : i + 512], -math.inf)
+            scores = scores.masked_fill(~mask[i : i + 128], -math.inf)
         parts.append(scores.softmax(-1) @ v)
     return torch.cat(parts, 2)
 
@@ -260,8 +258,8 @@ class Attention(nn.Module):
         rope [n, 32, 2] turns the queries, and the keys too unless they come from a context. mask (bool [n, n], true
         = may attend) and causal exclude each other; a cache implies causal, and x then follows what it holds."""
         source = x if context is None else context
-        q = self.q_norm(self.q(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2))  # [B, heads, n, 64]
-        k = self.k_norm(self.k(source).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2))
+        q = self.q_norm(self.q(x).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)  # [B, heads, n, 64]
+        k = self.k_norm(self.k(source).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)
         v = self.v(source).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, rope), (rotate(k, rope) if context is None else k)
@@ -385,11 +383,12 @@ class DiffusionBlock(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
         """Patches x [B, P, C], times t [B] or [1], condition tokens [B, n, C], rope [P, 32, 2] -> [B, P, C]."""
         context = normalize(self.cond_embed(condition))
-        read = self.cross_attn(normalize(x), context=context, rope=rope)  # [B, P, C]: not added to x, it only modulates
+        normal = normalize(x)
+        read = self.cross_attn(normal, context=context, rope=rope)  # [B, P, C]: not added to x, it only modulates
         modulation = self.adaLN_modulation(read + self.time_embed(t)[:, None])
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
         # addcmul(a, b, c) is a + b c in one pass over the patches instead of two
-        x = torch.addcmul(x, gate_a, self.attention(torch.addcmul(shift_a, normalize(x), 1 + scale_a), rope=rope))
+        x = torch.addcmul(x, gate_a, self.attention(torch.addcmul(shift_a, normal, 1 + scale_a), rope=rope))
         return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, normalize(x), 1 + scale_m)))
 
 

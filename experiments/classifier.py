@@ -1,0 +1,136 @@
+"""README, "What the shipped model is": the judge, a small CIFAR-10 classifier that never sees a generated picture.
+
+    python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/classifier.pt
+
+Trains it and prints its accuracy on the held-out images. It answers whether a picture looks like the class it was drawn
+for, and its penultimate features stand in for Inception's in a Frechet distance. That is no FID, and numbers from two
+trainings of this classifier must not be compared.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dar
+import train_tokenizer
+
+FEATURES = 256
+
+
+def conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Classifier(nn.Module):
+    """A residual network of eight convolutions, 1.9M parameters: float [B, 3, 32, 32] in [-1, 1] to logits."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv(3, 32), conv(32, 64), nn.MaxPool2d(2), Residual(conv(64, 64), conv(64, 64)),
+            conv(64, 128), nn.MaxPool2d(2), conv(128, FEATURES), nn.MaxPool2d(2),
+            Residual(conv(FEATURES, FEATURES), conv(FEATURES, FEATURES)), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Linear(FEATURES, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, classes] and the penultimate features [B, 256]."""
+        features = self.body(x)
+        return self.head(features), features
+
+
+def all_images(data: dar.ImageData) -> Tensor:
+    """uint8 [n, 3, 32, 32]."""
+    parts = (range(start, min(start + 1000, len(data))) for start in range(0, len(data), 1000))
+    return torch.cat([dar.to_uint8(train_tokenizer.centre_crops(data, part)) for part in parts])
+
+
+def shifted_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image [B, 3, H, W] mirrored half of the time and moved by up to four pixels, its border reflected."""
+    count, _, height, width = images.shape
+    draws = [torch.randint(n, (count, 1, 1), generator=generator) for n in (9, 9, 2)]
+    rows, columns = draws[0] + torch.arange(height)[:, None], draws[1] + torch.arange(width)
+    columns = torch.where(draws[2] == 1, columns.flip(2), columns)
+    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
+    return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+
+
+def load_classifier(path: str | Path, device) -> Classifier:
+    """The trained judge, in eval mode. Raises FileNotFoundError or ValueError naming the file."""
+    state = dar.read_checkpoint(path)
+    if "head.weight" not in state:
+        raise ValueError(f"{path}: no classifier; python experiments/classifier.py makes one")
+    model = Classifier(len(state["head.weight"]))
+    model.load_state_dict(state)
+    return model.eval().to(device)
+
+
+@torch.no_grad()
+def judge(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 images [n, 3, 32, 32] -> the class that each looks like [n], and features [n, 256], on the CPU."""
+    device = model.head.weight.device
+    parts = [model(dar.to_float(part).to(device)) for part in images.split(500)]
+    return torch.cat([logits.argmax(1).cpu() for logits, _ in parts]), torch.cat([f.cpu() for _, f in parts])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with one sub-folder of images a class")
+    parser.add_argument("--val", required=True, help="the same, held out")
+    parser.add_argument("--out", default="runs/classifier.pt")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    args = parser.parse_args()
+    device, out = dar.pick_device(args.device), Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data, val = dar.ImageData(args.data, 32), dar.ImageData(args.val, 32, held_out=True)
+    if data.class_names != val.class_names:
+        raise ValueError(f"{args.val}: other classes than {args.data}")
+    images, labels = all_images(data), torch.from_numpy(data.labels)
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    model = Classifier(len(data.class_names)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
+    steps = args.epochs * (len(images) // args.batch)
+    bar = tqdm(range(steps), unit="step", dynamic_ncols=True)
+    for step in bar:
+        if step % (len(images) // args.batch) == 0:
+            order = iter(torch.randperm(len(images), generator=generator).split(args.batch))
+        chosen, done = next(order), step / steps
+        for group in optimizer.param_groups:  # up for a fifth of the steps, then down to 0
+            group["lr"] = args.lr * min(5 * done, 0.5 + 0.5 * math.cos(math.pi * (done - 0.2) / 0.8))
+        batch = shifted_and_mirrored(dar.to_float(images[chosen]), generator)
+        batch = batch.to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, dar.has_fast_bfloat16(device)):
+            logits, _ = model(batch)
+        loss = F.cross_entropy(logits.float(), labels[chosen].to(device), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+    dar.write_atomically(out, lambda file: torch.save(model.state_dict(), file))
+    guesses, _ = judge(model, all_images(val))
+    accuracy = (guesses == torch.from_numpy(val.labels)).float().mean()
+    print(f"{out}: {accuracy:.1%} of {len(val)} held-out images named rightly")
+
+
+if __name__ == "__main__":
+    dar.command_line(main)
