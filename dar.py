@@ -80,11 +80,17 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
     "nearest" is min(floor(s K + 1/2), K-1), which the released weights were trained with: the first group owns half a
     K-th, the last one and a half. At s = i/K both give i; a t turned back into s may miss such edges by rounding.
     s: float tensor -> int64 tensor of its shape, or a number -> int. Raises ValueError on an unknown rule."""
+    check_group_rule(rule)
     if rule == "ceil":
         return _interval(s, num_groups, num_groups - 1)
-    if rule == "nearest":  # the edges (i - 1/2)/K are every second edge of a grid twice as fine
-        return (_interval(s, 2 * num_groups, 2 * num_groups - 2) + 1) // 2
-    raise ValueError(f"group rule {rule!r}: expected 'ceil' (paper, eq. 5) or 'nearest' (released weights)")
+    # nearest: the edges (i - 1/2)/K are every second edge of a grid twice as fine
+    return (_interval(s, 2 * num_groups, 2 * num_groups - 2) + 1) // 2
+
+
+def check_group_rule(rule: str) -> None:
+    """Raises ValueError unless the rule is one that condition_group knows."""
+    if rule not in ("ceil", "nearest"):
+        raise ValueError(f"group rule {rule!r}: expected 'ceil' (paper, eq. 5) or 'nearest' (released weights)")
 
 
 def _interval(s: Tensor | float, n: int, last: int) -> Tensor | int:
@@ -496,7 +502,7 @@ class TokenizerConfig:
             raise ValueError(f"N = {self.num_tokens} tokens, but the tables have max_tokens = {self.max_tokens} rows")
         if self.repa_layer is not None and self.repa_layer >= self.diffusion_layers:
             raise ValueError(f"repa_layer = {self.repa_layer} must be below diffusion_layers = {self.diffusion_layers}")
-        condition_group(0.0, self.num_groups, self.group_rule)  # raises on an unknown rule
+        check_group_rule(self.group_rule)
 
     @property
     def group_size(self) -> int:

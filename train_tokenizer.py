@@ -48,9 +48,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-flip", action="store_true", help="do not mirror images at random")
     add("--lpips", type=float, metavar="WEIGHT", help="of the LPIPS loss; 0: without (default: the preset's)")
     add("--repa", type=float, metavar="WEIGHT", help="of the REPA loss; 0: without (default: the preset's)")
+    add(
+        "--lpips-net",
+        metavar="FILE",
+        help="features of an experiments/classifier.py instead of VGG-16's, for 32 pixels",
+    )
     add("--vgg", metavar="FILE", help="torchvision's VGG-16 weights for LPIPS (default: fetched by torch.hub)")
     add("--dinov2", metavar="FILE", help="DINOv2 ViT-B/14 weights for REPA (default: fetched by torch.hub)")
     add("--dinov2-repo", metavar="DIR", help="a clone of DINOv2's repository (default: fetched by torch.hub)")
+    add(
+        "--init",
+        metavar="FILE",
+        help="start from the averaged weights of this tokenizer (its codebook needs no warm-up)",
+    )
     add("--prefetch", action="store_true", help="download what LPIPS and REPA need, say where it lies, and stop")
     args = parser.parse_args()
     if not args.prefetch:
@@ -132,8 +142,13 @@ def load_weights(net: nn.Module, path: str, rename=lambda name: name) -> None:
         raise ValueError(f"{path}: not the weights of {type(net).__name__} ({reason})") from None
 
 
-def load_lpips(vgg: str | None) -> nn.Module:
-    """LPIPS (VGG, v0.1), frozen: (images, images) in [-1, 1] -> [B, 1, 1, 1]. vgg: torchvision's file, else fetched."""
+def load_lpips(vgg: str | None, classifier: str | None = None) -> nn.Module:
+    """LPIPS (VGG, v0.1), frozen: (images, images) in [-1, 1] -> [B, 1, 1, 1]. vgg: torchvision's file, else fetched.
+    classifier: the file of a small classifier whose features are compared instead, -> [B]."""
+    if classifier is not None:
+        from experiments.classifier import PerceptualDistance, load_classifier
+
+        return PerceptualDistance(load_classifier(classifier, "cpu")).eval()
     import lpips
 
     check_file(vgg, "--vgg")
@@ -266,6 +281,15 @@ def start_codebook(model, samples: dar.Samples, position: int, device) -> None:
     model.quantize.embedding.weight.copy_(features[chosen.to(device)])
 
 
+def load_initial(path: str, config: dar.TokenizerConfig) -> dict[str, Tensor]:
+    """The weights of a tokenizer of this very shape. Raises ValueError naming the file and a field that differs."""
+    tokenizer = dar.load_tokenizer(path, dtype=torch.float32)
+    for name, value in dataclasses.asdict(config).items():
+        if getattr(tokenizer.config, name) != value:
+            raise ValueError(f"--init {path}: has {name} = {getattr(tokenizer.config, name)}, this run {value}")
+    return tokenizer.state_dict()
+
+
 def main() -> int:
     args = parse_arguments()
     if args.prefetch:
@@ -275,7 +299,7 @@ def main() -> int:
     device, listing = processes.device, dar.Path(args.out) / "images.list"
     data = processes.first_alone(lambda: dar.ImageData(args.data, config.image_size, listing=listing))
     val = dar.ImageData(args.val, config.image_size, held_out=True) if args.val else None
-    perceptual = processes.first_alone(lambda: load_lpips(args.vgg).to(device)) if args.lpips else None
+    perceptual = processes.first_alone(lambda: load_lpips(args.vgg, args.lpips_net).to(device)) if args.lpips else None
     dinov2 = processes.first_alone(lambda: load_dinov2(args.dinov2_repo, args.dinov2).to(device)) if args.repa else None
     repa_grid = min(config.image_size // config.diffusion_patch, dar.DiffusionDecoder.REPA_GRID)
 
@@ -283,11 +307,13 @@ def main() -> int:
     model = dar.SequentialDiffusionTokenizer(config).to(device)
     if config.repa_layer is not None and not args.repa:
         model.diffusion.repa_head.requires_grad_(False)
+    if args.init:
+        model.load_state_dict(load_initial(args.init, config))
     ema, trained = dar.EMA(model), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, 0.95), fused=device.type == "cuda")
     settings = {f"model {k}": v for k, v in dataclasses.asdict(config).items()}
     settings |= {"data": data.digest, "flip": not args.no_flip, "times": args.times, "lpips": args.lpips}
-    settings |= {"repa": args.repa, "codebook_warmup": args.codebook_warmup}
+    settings |= {"repa": args.repa, "codebook_warmup": args.codebook_warmup, "lpips_net": bool(args.lpips_net)}
     terms = ["fm", "vq", "commit"] + ["lpips"] * (args.lpips > 0) + ["repa"] * (args.repa > 0)
     columns = ["code_use", "constant_positions", "val_psnr", "val_code_use"]
     run = dar.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns)

@@ -1,10 +1,12 @@
-"""README, "What the shipped model is": the judge, a small CIFAR-10 classifier that never sees a generated picture.
+"""README, "What the shipped model is": a small CIFAR-10 classifier, for two uses that need one training each.
 
     python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/classifier.pt
+    python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/judge.pt --seed 1
 
-Trains it and prints its accuracy on the held-out images. It answers whether a picture looks like the class it was drawn
-for, and its penultimate features stand in for Inception's in a Frechet distance. That is no FID, and numbers from two
-trainings of this classifier must not be compared.
+Trains it and prints its accuracy on the held-out images. As runs/classifier.pt it lends train_tokenizer.py its features
+for the perceptual loss, since LPIPS's and DINOv2's networks are made for larger images. As runs/judge.pt, from another
+seed, it says whether a picture looks like the class it was drawn for, and its penultimate features stand in for
+Inception's in a Frechet distance. That is no FID, and numbers from two judges must not be compared.
 """
 
 import argparse
@@ -20,7 +22,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dar
-import train_tokenizer
 
 FEATURES = 256
 
@@ -55,7 +56,9 @@ class Classifier(nn.Module):
 def all_images(data: dar.ImageData) -> Tensor:
     """uint8 [n, 3, 32, 32]."""
     parts = (range(start, min(start + 1000, len(data))) for start in range(0, len(data), 1000))
-    return torch.cat([dar.to_uint8(train_tokenizer.centre_crops(data, part)) for part in parts])
+    return torch.cat(
+        [dar.to_uint8(dar.center_crops((data.next_readable(i)[0] for i in part), data.size)) for part in parts]
+    )
 
 
 def shifted_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,6 +79,31 @@ def load_classifier(path: str | Path, device) -> Classifier:
     model = Classifier(len(state["head.weight"]))
     model.load_state_dict(state)
     return model.eval().to(device)
+
+
+class PerceptualDistance(nn.Module):
+    """In the manner of LPIPS: squared distances of two images' features, of length one at each place, averaged over
+    the places and summed over four stages of the network. float [B, 3, 32, 32] in [-1, 1], twice -> [B]."""
+
+    STAGES = 3, 4, 6, 8  # of Classifier.body: 64 channels at 16x16, 128 at 16x16, 256 at 8x8, 256 at 4x4
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.body = classifier.body.requires_grad_(False).eval()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        found = []
+        with torch.autocast(x.device.type, torch.bfloat16, dar.has_fast_bfloat16(x.device)):
+            x = x.to(memory_format=torch.channels_last)
+            for i, layer in enumerate(self.body[: self.STAGES[-1] + 1]):
+                x = layer(x)
+                if i in self.STAGES:
+                    found.append(F.normalize(x.float(), dim=1, eps=1e-3))
+        return found
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        pairs = zip(self.features(images), self.features(references))
+        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs)
 
 
 @torch.no_grad()

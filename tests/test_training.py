@@ -32,6 +32,7 @@ from PIL import Image
 import dar
 import train_ar
 import train_tokenizer
+from experiments import classifier
 
 CPU = torch.device("cpu")
 
@@ -460,6 +461,35 @@ def test_gradients_of_lpips_reach_decoder_and_encoder_and_stop_at_vgg(frozen, ma
     ):
         assert part.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokenizer):
+    torch.manual_seed(0)
+    torch.save(classifier.Classifier(10).eval().state_dict(), work / "classifier.pt")
+    net, tokenizer = train_tokenizer.load_lpips(None, str(work / "classifier.pt")), make_tokenizer()
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert net(images, images).max() == 0
+    near, far = (net(images + width * torch.randn_like(images), images) for width in (0.05, 0.5))
+    assert (0 < near).all() and (near < far).all() and (far < 4 * len(net.STAGES)).all()
+    out = tokenizer(images, torch.tensor([0.2, 0.7]), torch.randn(2, 3, 32, 32))
+    net(out["pred_image"], images).mean().backward()
+    assert tokenizer.encoder_layers[0].mlp.fc1.weight.grad.abs().max() > 0
+    words = "--out with-classifier --steps 2 --lpips 0.5 --lpips-net".split()
+    run(*TOKENIZER, *words, "classifier.pt", cwd=work)
+    assert all(float(row["lpips"]) > 0 for row in log(work / "with-classifier"))
+    done = run(*TOKENIZER, *words[:-1], "--vgg", frozen / "vgg.pth", cwd=work, code=2)
+    assert "lpips_net" in done.stderr  # another loss is another run
+
+
+def test_init_starts_from_the_averaged_weights_of_another_run(work):
+    run(*TOKENIZER, *"--out first --steps 3 --codebook-warmup 0".split(), cwd=work)
+    words = "--codebook-warmup 0 --steps 1 --lr 1e-30 --init first/last.pt --out second".split()
+    run(*TOKENIZER, *words, cwd=work)
+    first, second = (dar.load_tokenizer(work / out / "last.pt").state_dict() for out in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    done = run(*TOKENIZER, "commit_weight=0.5", *words[:-1], "third", cwd=work, code=2)
+    assert "commit_weight" in done.stderr and "first/last.pt" in done.stderr
 
 
 def test_gradients_of_repa_reach_head_and_encoder_and_stop_at_dinov2(frozen, make_tokenizer):
