@@ -653,3 +653,44 @@ def test_a_llama_learns_32_images_by_heart(tmp_path, make_tokenizer):
     assert float(log(tmp_path / "ar")[-1]["loss"]) < 0.05
     ar = dar.load_ar(tmp_path / "ar" / "last.pt")
     assert torch.equal(ar.generate(torch.arange(32), cfg=None, greedy=True), codes)
+
+
+# SLURM
+
+STUBS = {  # what the script calls, on a "cluster" of this machine: one node with two processes
+    "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$STUBS/calls"; fi',
+    "srun": 'echo $$ >"$STUBS/pid"; shift; exec "$@"',
+    "scancel": 'kill -TERM "$(cat "$STUBS/pid")"; echo "$@" >>"$STUBS/calls"',
+}
+
+
+def test_a_slurm_job_that_is_told_to_stop_saves_and_queues_again_and_goes_on(tmp_path):
+    for name, body in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    nodes = dict(
+        SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2", SLURM_JOB_NODELIST="localhost", SLURM_JOB_ID=str(os.getpid())
+    )
+    variables = environment(**nodes, PATH=path, STUBS=str(tmp_path))
+    words = [*TOKENIZER, "--out", str(tmp_path / "run"), "--save-every", "10000"]
+    words[0] = str(ROOT / words[0])
+
+    def job(steps: int) -> subprocess.Popen:
+        command = ["bash", ROOT / "experiments" / "slurm.sh", *words, "--steps", str(steps)]
+        return subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True)
+
+    first = job(100_000)
+    deadline = time.time() + 120
+    while not has_rows(tmp_path / "run", 3)() and time.time() < deadline:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 0, first.stderr.read()
+    calls = (tmp_path / "calls").read_text()
+    assert f"requeue {os.getpid()}" in calls and f"--signal=TERM {os.getpid()}.0" in calls
+    done = dar.read_checkpoint(tmp_path / "run" / "last.pt")["training"]["step"]
+    assert done >= 3
+    second = job(done + 2)
+    assert second.wait(120) == 0, second.stderr.read()
+    assert dar.read_checkpoint(tmp_path / "run" / "last.pt")["training"]["step"] == done + 2
+    assert (tmp_path / "calls").read_text() == calls  # an end is no reason to queue again
