@@ -10,7 +10,7 @@ arXiv 2505.23660), from the time schedule to the training loop's plumbing, in th
     5  Tokenizer          SequentialDiffusionTokenizer, presets        Fig. 4, eq. 1, 2 and 7, Tables 1, 6, 7
                           denoise, decode, previews                    section 3.3, section 5.1, Fig. 5, Table 5
     6  Llama              ARTransformer, presets                       section 3.2 (eq. 6), section 4 "AR models"
-    7  Generation         ARTransformer.generate, guidance_schedule    section 5, Table 4
+    7  Generation         generate_groups, guidance_schedule           section 5, Table 4
     8  Streaming          stream                                       Fig. 1, section 3.3 "Streaming pixel decoding"
     9  Checkpoints        load_tokenizer, load_ar, save_checkpoint     (the authors' released files, and ours)
     10 Plumbing           what both trainings and the scripts share    section 5 "Experimental Setup"
@@ -40,7 +40,6 @@ import typing
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +58,8 @@ EPS = 1e-6  # of every LayerNorm
 # 1. Schedule and flow
 # Flow matching (eq. 3, 4) moves along straight lines from noise x0 to an image x1; a network learns the velocity.
 # D-AR's own idea is *which tokens the network sees when*: time is cut into K pieces, and piece k belongs to the k-th
-# group of tokens alone (eq. 5). The pieces are equal in s and unequal in t: t = shift_time(s) spends more of the
-# pieces, and so more tokens, on early times, where pictures are noisy and their layout is decided.
+# group of tokens alone (eq. 5). The pieces are equal in a uniform time s (the paper's t'), not in t: t = shift_time(s)
+# spends more of them, and so more tokens, on early times, where pictures are noisy and their layout is decided.
 
 
 def shift_time(s: Tensor | float, beta: float) -> Tensor | float:
@@ -233,7 +232,7 @@ class KVCache:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / 8) v for queries [B, heads, n, 64] and keys and values [B, heads, m, 64].
     mask: bool [n, m], true = may attend. causal: the n queries stand at the last n of the m >= n keys' places and see
-    none behind their own. In bfloat16 on a CPU it is written out: torch's fused kernel is 2 to 8 times slower there."""
+    none after their own. In bfloat16 on a CPU, without gradients it is written out, 2 to 9 times as fast as torch's."""
     n, m = q.shape[-2], k.shape[-2]
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
     if causal and n > 1 and (plain or n < m):
@@ -399,8 +398,8 @@ class DiffusionBlock(nn.Module):
 
 
 class DiffusionDecoder(nn.Module):
-    """D_FM of eq. 2: the velocity at (x_t, t) given a group of z'. The state that enters block repa_layer, if not
-    None, also goes through the REPA head (eq. 7), whose output the training compares to DINOv2's patch features."""
+    """D_FM of eq. 2: the velocity at (x_t, t) given a group of z'. With a repa_layer, the state that enters that
+    block also goes through the REPA head (eq. 7), whose output the training compares to DINOv2's patch features."""
 
     REPA_GRID, REPA_WIDTH, REPA_HIDDEN = 16, 768, 2048  # DINOv2 ViT-B/14 sees 224 pixels: 16x16 features of width 768
 
@@ -412,9 +411,8 @@ class DiffusionDecoder(nn.Module):
         self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(depth))
         self.patch_out = nn.Linear(width, 3 * patch_size**2)
         if repa_layer is not None:
-            h, out = self.REPA_HIDDEN, self.REPA_WIDTH
-            layers = nn.Linear(width, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, out)
-            self.repa_head = nn.Sequential(*layers)
+            h, o = self.REPA_HIDDEN, self.REPA_WIDTH
+            self.repa_head = nn.Sequential(nn.Linear(width, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, o))
         init_linears(self, init_std)
         nn.init.zeros_(self.patch_out.weight)  # zero-initialised: the first velocity is 0
         for block in self.blocks:
@@ -464,7 +462,7 @@ def _check_fields(config, may_be_zero: tuple[str, ...]) -> None:
             raise ValueError(f"{field.name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
     """All that shapes a tokenizer; the defaults are "v1", the paper's. Raises ValueError on what cannot be built."""
 
@@ -586,10 +584,10 @@ class SequentialDiffusionTokenizer(nn.Module):
 
     def forward(self, images: Tensor, s=None, noise=None, code_noise=None) -> dict[str, Tensor]:
         """The training step of section 4: encode, quantize, draw a time, denoise with that time's group of z'.
-        images: float [B, 3, H, W] in [-1, 1]. s: uniform times in [0, 1], [B], or [B, R] for R times for each image
-        that is encoded once; drawn if None. noise: x0, [B, 3, H, W] or [B, R, 3, H, W]; drawn if None.
+        images: float [B, 3, H, W] in [-1, 1]. s: uniform times in [0, 1], [B], or [B, R]: R times for each image,
+        which is encoded once; drawn if None. noise: x0, [B, 3, H, W] or [B, R, 3, H, W]; drawn if None.
         code_noise: [B, N, D], added to the normalised features in place of quantization (codebook warm-up).
-        Returns the scalars "fm" (eq. 2, over data_scale²), "vq" and "commit" (appendix I, 0.25 included) and "kept",
+        Returns the scalars "fm" (eq. 2, over data_scale²), "vq" and "commit" (appendix I, weighted) and "kept",
         the number of tokens these two are means over; "codes" [B, N]; "pred_image" (jump estimates [B·R, 3, H, W], not
         clamped, for LPIPS); and "repa" ([B·R, g·g, 768]) if there is a head. Summing them, eq. 7, is the script's."""
         c, batch = self.config, len(images)
@@ -598,13 +596,14 @@ class SequentialDiffusionTokenizer(nn.Module):
         x0 = torch.randn_like(x1) if noise is None else noise.view(x1.shape)
         group = condition_group(s, c.num_groups, c.group_rule)  # [B, R]
 
-        # Tokens behind the last group that is used cannot have mattered: the quantizer's losses leave them out.
+        # Tokens after the last group that is used cannot have mattered: the quantizer's losses leave them out.
         used = (group.amax(1, keepdim=True) + 1) * c.group_size
         keep = torch.arange(c.num_tokens, device=images.device) < used  # [B, N]
         f = self.features(images)
         z, codes, vq, commit = self.quantize(f, keep)
         if code_noise is not None:
-            z, vq, commit = F.normalize(F.normalize(f.float(), dim=-1) + code_noise, dim=-1), 0 * vq, 0 * commit
+            z = F.normalize(F.normalize(f.float(), dim=-1) + code_noise, dim=-1)
+            vq, commit = 0 * vq, 0 * commit  # still in the graph: DDP wants a gradient for the codebook
 
         groups = self.causal_decoder(z).unflatten(1, (c.num_groups, c.group_size))  # [B, K, N/K, C]
         condition = groups[torch.arange(batch, device=s.device)[:, None], group].flatten(0, 1)  # [B·R, N/K, C]
@@ -665,7 +664,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         return x if codes.shape[1] == self.config.num_tokens else preview
 
     @torch.no_grad()
-    def previews(self, codes: Tensor, noise: Tensor | None = None, solver: str = "ab2", num_steps=None) -> Tensor:
+    def previews(self, codes: Tensor, noise: Tensor | None = None, num_steps=None, solver: str = "ab2") -> Tensor:
         """What decode() shows on its way (Fig. 5): a jump estimate for each step, in order, [steps, B, 3, H, W]."""
         rounds = self._denoise_codes(codes, noise, num_steps, solver)
         return torch.stack([preview for _, previews in rounds for preview in previews])
@@ -700,7 +699,7 @@ class SequentialDiffusionTokenizer(nn.Module):
 # in it knows about images; that is the point of D-AR.
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ARConfig:
     """All that shapes a Llama; heads are 64 wide. Raises ValueError, naming the value, on what cannot be built."""
 
@@ -824,16 +823,7 @@ class ARTransformer(nn.Module):
         return self.output(self.run(self.embed(labels, codes))).float()
 
     def generate(
-        self,
-        labels: Tensor,
-        num_tokens: int | None = None,
-        cfg: float | tuple[float, float] | None = (1.1, 8.0),
-        seeds: int | list[int] | None = None,
-        greedy: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        prefix: Tensor | None = None,
+        self, labels: Tensor, num_tokens=None, cfg=(1.1, 8.0), seeds=None, greedy=False, prefix=None, **filters
     ) -> Tensor:
         """Draws pictures' codes, int64 [B, N], for labels int64 [B] (num_classes = unconditional); call eval() first.
         cfg: guidance, a number, a (start, end) pair that it runs between, or None for none (guidance_schedule). seeds:
@@ -841,7 +831,6 @@ class ARTransformer(nn.Module):
         token instead. temperature, top_k (0: off) and top_p (1: off) act on the guided logits in this order. prefix:
         tokens int64 [n] or [B, n] kept as given (section 5.1, zero-shot control). num_tokens: config's N if None.
         Raises ValueError for a value out of range."""
-        filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         return torch.cat([*generate_groups(self, labels, num_tokens, None, cfg, seeds, greedy, prefix, **filters)], 1)
 
 
@@ -1018,8 +1007,8 @@ def _about(path: str | Path) -> Iterator[None]:
 
 
 def _check_zip(path: Path) -> None:
-    """What torch.load takes on trust: that the directory points to the right entries, that they are stored as they are
-    (a mapped tensor is read where it lies, compressed or not), and that the pickle is the one that was written."""
+    """Checks what torch.load takes on trust: that the directory points to the right entries, that they are stored as
+    they are (a mapped tensor is read where it lies, compressed or not), that the pickle is the one that was written."""
     with zipfile.ZipFile(path) as file:
         for entry in file.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -1142,7 +1131,7 @@ def _build_tokenizer(data: dict, device, dtype, weights: str) -> SequentialDiffu
     return _assign(SequentialDiffusionTokenizer, config, state, device, dtype)
 
 
-RELEASED_NAMES = {  # prefix in the authors' files -> ours
+RELEASED_NAMES = {  # prefix in the authors' files -> ours; the first that fits counts
     "quant_in_conv.": "quant_in.",
     "quant_out_conv.": "quant_out.",
     "diff_decoder.net.conv_in.": "diffusion.patch_in.",
@@ -1151,7 +1140,9 @@ RELEASED_NAMES = {  # prefix in the authors' files -> ours
     "diff_decoder.net.": "diffusion.",
     "cls_embedding.embedding_table.": "cls_embedding.",
 }
-LAYERS = {field: f"{field}." for field in ("layers", "encoder_layers", "decoder_layers")}  # where a state dict has them
+LAYERS = {
+    field: f"{field}." for field in ("layers", "encoder_layers", "decoder_layers")
+}  # field -> its prefix in a state dict
 LAYERS["diffusion_layers"] = "diffusion.blocks."
 
 
@@ -1320,8 +1311,7 @@ class Processes(typing.NamedTuple):
 
     def first_alone(self, action):
         """action(), by the first process before the others: what it downloads or lists, they find."""
-        if self.rank == 0:
-            result = action()
+        result = action() if self.rank == 0 else None
         self.barrier()
         return result if self.rank == 0 else action()
 
@@ -1340,7 +1330,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image, clamped to [-1, 1]: float [B, 3, H, W] twice -> [B]."""
+    """Peak signal-to-noise ratio in dB of each image, which is clamped to [-1, 1]: float [B, 3, H, W] twice -> [B]."""
     return -10 * ((images.clamp(-1, 1) - references).div(2) ** 2).flatten(1).mean(1).log10()
 
 
@@ -1687,9 +1677,10 @@ class TrainingRun:
             yield chunks
 
     def optimise(self, losses, chunks: list, rate: float) -> None:
-        """One step at learning rate `rate`: gradients over the chunks (micro-batches), clipped, averaged into EMA.
-        losses(chunk) returns {term: scalar}, which sum to the loss, and over chunks and processes (as a mean) to the
-        batch's. Raises FloatingPointError, naming step and cause, before anything not finite can reach weights."""
+        """One step at learning rate `rate`: gradients summed over the chunks (micro-batches) and clipped, weights
+        averaged into the EMA. losses(chunk) returns {term: scalar}: together the loss, and summed over chunks and
+        averaged over processes the batch's. Raises FloatingPointError, naming step and cause, before anything not
+        finite can reach weights."""
         device, world = self.processes.device, self.processes.world
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(len(self.terms), device=device)
@@ -1715,9 +1706,9 @@ class TrainingRun:
         if bad_loss or bad_norm and (not self.scaler.enabled or self.scaler.scale < 1e-3):
             values = (self.processes.reduce(totals) / world).tolist()
             what = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
-            help = "checkpoints from before it. A lower --lr, a longer --warmup or another --precision may help"
-            what = f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g}); {self.folder} holds"
-            raise FloatingPointError(f"{what} {help}")
+            what = f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g})"
+            advice = "A lower --lr, a longer --warmup or another --precision may help"
+            raise FloatingPointError(f"{what}; {self.folder} holds checkpoints from before it. {advice}")
         if self.scaler.takes(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -1793,7 +1784,7 @@ class TrainingRun:
             _second_name(last, self.folder / f"step-{self.step}.pt")
 
     def _restore(self) -> None:
-        """Goes on from last.pt, or from previous.pt if that is not whole, bit for bit; nothing in a new folder."""
+        """Goes on bit for bit from last.pt or, if that is not whole, previous.pt; in a new folder does nothing."""
         problems = []
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             if not path.exists():

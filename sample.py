@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import dar
 
-SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "cifar10-tiny.pt"
+SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "cifar10.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

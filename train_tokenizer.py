@@ -48,23 +48,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--no-flip", action="store_true", help="do not mirror images at random")
     add("--lpips", type=float, metavar="WEIGHT", help="of the LPIPS loss; 0: without (default: the preset's)")
     add("--repa", type=float, metavar="WEIGHT", help="of the REPA loss; 0: without (default: the preset's)")
-    add(
-        "--lpips-net",
-        metavar="FILE",
-        help="features of an experiments/classifier.py instead of VGG-16's, for 32 pixels",
-    )
+    add("--lpips-net", metavar="FILE", help="an experiments/classifier.py instead of VGG-16, for images of 32 pixels")
     add("--vgg", metavar="FILE", help="torchvision's VGG-16 weights for LPIPS (default: fetched by torch.hub)")
     add("--dinov2", metavar="FILE", help="DINOv2 ViT-B/14 weights for REPA (default: fetched by torch.hub)")
     add("--dinov2-repo", metavar="DIR", help="a clone of DINOv2's repository (default: fetched by torch.hub)")
-    add(
-        "--init",
-        metavar="FILE",
-        help="start from the averaged weights of this tokenizer (its codebook needs no warm-up)",
-    )
+    add("--init", metavar="FILE", help="start from this tokenizer's averaged weights, without codebook warm-up")
     add("--prefetch", action="store_true", help="download what LPIPS and REPA need, say where it lies, and stop")
     args = parser.parse_args()
     if not args.prefetch:
-        recipe = RECIPES[args.preset]
+        recipe = RECIPES[args.preset] | ({"codebook_warmup": 0} if args.init else {})
         dar.check_training_arguments(args, recipe, times=1, codebook_warmup=0, decay=0, lpips=0, repa=0)
     return args
 

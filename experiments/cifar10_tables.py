@@ -115,7 +115,8 @@ def main() -> None:
     if "4" in args.tables or "5" in args.tables:
         shown = {}
         for name, cfg in GUIDANCE.items() if "4" in args.tables else {"1.1 → 4": GUIDANCE["1.1 → 4"]}.items():
-            shown[name], classes = generate(ar, cfg, args.num, args.batch, name)
+            pictures, classes = generate(ar, cfg, args.num, args.batch, name)
+            shown[name] = pictures if name == "1.1 → 4" else pictures[-1:]
         if "4" in args.tables:
             print(f"\n| Table 4: guidance {head}\n|---|---|---|---|---|")
             for name, pictures in shown.items():

@@ -36,7 +36,7 @@ class Residual(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """A residual network of eight convolutions, 1.9M parameters: float [B, 3, 32, 32] in [-1, 1] to logits."""
+    """A residual network of eight convolutions, 1.6M parameters: float [B, 3, 32, 32] in [-1, 1] to logits."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -74,10 +74,11 @@ def shifted_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
 def load_classifier(path: str | Path, device) -> Classifier:
     """The trained judge, in eval mode. Raises FileNotFoundError or ValueError naming the file."""
     state = dar.read_checkpoint(path)
-    if "head.weight" not in state:
-        raise ValueError(f"{path}: no classifier; python experiments/classifier.py makes one")
-    model = Classifier(len(state["head.weight"]))
-    model.load_state_dict(state)
+    model = Classifier(len(state.get("head.bias", [0])))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(f"{path}: no classifier; python experiments/classifier.py makes one") from None
     return model.eval().to(device)
 
 
@@ -130,6 +131,8 @@ def main() -> None:
     data, val = dar.ImageData(args.data, 32), dar.ImageData(args.val, 32, held_out=True)
     if data.class_names != val.class_names:
         raise ValueError(f"{args.val}: other classes than {args.data}")
+    if len(data) < args.batch:
+        raise ValueError(f"{args.data}: {len(data)} images do not fill a --batch of {args.batch}")
     images, labels = all_images(data), torch.from_numpy(data.labels)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)

@@ -75,8 +75,11 @@ def write_copy(folder: Path, number: int) -> None:
     """The project without runs and git, exercise `number` taken out. Raises ValueError if the folder exists."""
     if folder.exists():
         raise ValueError(f"{folder}: exists already; name a new folder")
-    ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "*.egg-info", str(folder.name))
-    shutil.copytree(ROOT, folder, ignore=ignored)
+    tracked = ["*.py", "*.toml", "*.txt", "*.md", "tests", "experiments", "checkpoints", "assets"]
+    folder.mkdir(parents=True)
+    for path in (path for pattern in tracked for path in sorted(ROOT.glob(pattern))):
+        copy = shutil.copytree if path.is_dir() else shutil.copy
+        copy(path, folder / path.name)
     exercise = EXERCISES[number - 1]
     path = folder / exercise.file
     path.write_text(blank(path.read_text(), exercise.functions, number))

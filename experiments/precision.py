@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import dar
 
-SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "cifar10-tiny.pt"
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "cifar10.pt"
 
 
 @torch.no_grad()

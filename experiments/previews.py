@@ -44,7 +44,7 @@ def main() -> None:
         for solver in found:
             picture = ar.tokenizer.decode(last.codes, noise, solver=solver).clamp(-1, 1)
             found[solver].append(
-                torch.stack([dar.psnr(x, picture) for x in ar.tokenizer.previews(last.codes, noise, solver)])
+                torch.stack([dar.psnr(x, picture) for x in ar.tokenizer.previews(last.codes, noise, solver=solver)])
             )
     found = {solver: torch.cat(parts, 1).mean(1) for solver, parts in found.items()}  # [K]
     print(f"{args.num} pictures, guidance {args.cfg[0]} to {args.cfg[1]}; PSNR against the finished picture, dB")

@@ -1,6 +1,6 @@
 """README, "What the shipped model is": held-out PSNR and code use of a tokenizer, alone or inside a Llama's checkpoint.
 
-python experiments/reconstruction.py checkpoints/cifar10-tiny.pt cifar10/test
+python experiments/reconstruction.py checkpoints/cifar10.pt cifar10/test
 """
 
 import argparse

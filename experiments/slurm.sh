@@ -5,8 +5,8 @@
 #     sbatch experiments/slurm.sh train_ar.py --preset XL --data imagenet/train --tokenizer runs/v1/last.pt --out runs/xl
 #
 # Submit it from the repository, on a file system that all nodes share. Where compute nodes have no internet, run
-# "python train_tokenizer.py --prefetch" on the login node first. Ten minutes before its time is over, and when it is
-# pre-empted, the job is told to save; it then goes back into the queue and continues where it stopped.
+# "python train_tokenizer.py --prefetch" on the login node first. Ten minutes before its time is over the job is told
+# to save; it then goes back into the queue and continues where it stopped.
 #SBATCH --job-name=dar
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -26,10 +26,10 @@ port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node do not meet
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # One torchrun a node; the first node's is where they meet. The signal goes to this script, which passes it on to all.
-srun --kill-on-bad-exit=0 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$gpus" --rdzv_backend=c10d \
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$gpus" --rdzv_backend=c10d \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$host:$port" "$@" &
 steps=$!
-stopped=0
+stopped=0 code=0
 trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 wait $steps || code=$?
 if [ $stopped = 1 ]; then
@@ -37,4 +37,4 @@ if [ $stopped = 1 ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi
-exit "${code:-0}"
+exit "$code"

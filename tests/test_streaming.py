@@ -28,7 +28,7 @@ def test_stream_previews_and_decode_agree_bit_for_bit(small_ar, make_tokenizer, 
     codes = streamed[-1].codes
     assert torch.equal(streamed[-1].x, tokenizer.decode(codes, noise, steps, solver))
 
-    previews = tokenizer.previews(codes, noise, solver, steps)
+    previews = tokenizer.previews(codes, noise, steps, solver)
     assert previews.shape == (steps, 3, 3, 32, 32)
     groups = [group for _, _, group in dar.sampling_schedule(steps, 8, 2.0, rule)]
     for k, step in enumerate(streamed):  # the newest preview: that of the last step whose group is there

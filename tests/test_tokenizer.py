@@ -294,7 +294,7 @@ def test_decoding_and_previews_are_the_sampling_loop_of_eq8(small_tokenizer, sol
         average = v if solver == "euler" or v_prev is None else (3 * v - v_prev) / 2
         x, v_prev = x + (t_next - t) * average, v
     assert_close(small_tokenizer.decode(codes, noise, num_steps, solver), x / 0.6)
-    assert_close(small_tokenizer.previews(codes, noise, solver, num_steps), torch.stack(previews))
+    assert_close(small_tokenizer.previews(codes, noise, num_steps, solver), torch.stack(previews))
 
 
 def test_the_config_may_say_another_number_of_steps(make_tokenizer, small_tokenizer):
@@ -307,7 +307,7 @@ def test_the_config_may_say_another_number_of_steps(make_tokenizer, small_tokeni
 def test_the_last_preview_is_the_picture_with_euler_and_close_to_it_with_ab2(small_tokenizer):
     codes, noise = codes_of(), torch.randn(2, 3, 32, 32)
     assert_close(
-        small_tokenizer.previews(codes, noise, "euler")[-1], small_tokenizer.decode(codes, noise, None, "euler")
+        small_tokenizer.previews(codes, noise, solver="euler")[-1], small_tokenizer.decode(codes, noise, None, "euler")
     )
     preview, image = small_tokenizer.previews(codes, noise)[-1], small_tokenizer.decode(codes, noise)
     assert 1e-3 < (preview - image).abs().max() < image.abs().max()
@@ -322,12 +322,12 @@ def test_ab2_is_the_default_solver(small_tokenizer):
 @pytest.mark.parametrize("solver", ["euler", "ab2"])
 def test_fewer_groups_decode_to_the_last_preview_they_allow(small_tokenizer, solver):
     codes, noise = codes_of(), torch.randn(2, 3, 32, 32)
-    previews = small_tokenizer.previews(codes, noise, solver)
+    previews = small_tokenizer.previews(codes, noise, solver=solver)
     assert previews.shape == (8, 2, 3, 32, 32)
     for k in range(1, 8):
         partial = small_tokenizer.decode(codes[:, : 4 * k], noise, solver=solver)
         assert_close(partial, previews[k - 1])
-        assert_close(small_tokenizer.previews(codes[:, : 4 * k], noise, solver), previews[:k])
+        assert_close(small_tokenizer.previews(codes[:, : 4 * k], noise, solver=solver), previews[:k])
 
 
 def test_a_group_without_a_step_leaves_the_preview_before_it(small_tokenizer):

@@ -659,7 +659,7 @@ def test_a_llama_learns_32_images_by_heart(tmp_path, make_tokenizer):
 
 STUBS = {  # what the script calls, on a "cluster" of this machine: one node with two processes
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >>"$STUBS/calls"; fi',
-    "srun": 'echo $$ >"$STUBS/pid"; shift; exec "$@"',
+    "srun": 'echo $$ >"$STUBS/pid"; shift 2; exec "$@"',
     "scancel": 'kill -TERM "$(cat "$STUBS/pid")"; echo "$@" >>"$STUBS/calls"',
 }
 
