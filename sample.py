@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer", metavar="FILE", help="tokenizer checkpoint, where the Llama's file does not carry one")
     add("--classes", nargs="+", help="class names or numbers (default: all)")
     add("--num", type=int, help="how many pictures, their classes in turn (default: 16)")
-    add("--cfg", nargs="+", default=["1.1", "4"], help="guidance: a number, start and end, or none (default: 1.1 4)")
+    add("--cfg", nargs="+", default=["4"], help="guidance: a number, start and end, or none (default: 4)")
     add("--seed", type=int, default=0, help="of the first picture; the next ones count up (default: 0)")
     add("--tokens", type=int, metavar="N", help="draw only the first N tokens and show the preview (Table 5)")
     add("--steps", type=int, help="denoising steps (default: the tokenizer's, one for each group)")

@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--class-dropout", type=float, default=0.1, help="share of samples that train as unconditional (default: 0.1)")
     add("--ema", action="store_true", help="also average the weights, and sample from the average")
     add("--on-the-fly", action="store_true", help="tokenize at every step instead of once: no RUN/codes, but slower")
-    add("--cfg", type=float, nargs="+", default=[1.1, 4.0], help="of the pictures: one number, or start and end")
+    add("--cfg", type=float, nargs="+", default=[4.0], help="of the pictures: one number, or start and end")
     args = parser.parse_args()
     recipe = RECIPES[args.preset]
     dar.check_training_arguments(args, recipe, weight_decay=0, dropout=0, class_dropout=0, epochs=0)

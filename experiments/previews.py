@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--ckpt", default=str(sample.SHIPPED), help="Llama checkpoint that carries its tokenizer")
     parser.add_argument("--num", type=int, default=500, help="pictures (default: 500)")
     parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--cfg", type=float, nargs=2, default=[1.1, 4.0])
+    parser.add_argument("--cfg", type=float, nargs=2, default=[4.0, 4.0])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     args = parser.parse_args()
     device = dar.pick_device(args.device)

@@ -206,7 +206,7 @@ def test_a_set_holds_the_pictures_of_its_seeds_and_their_classes(model, ar):
     archive = np.load("x.npz", allow_pickle=False)
     assert archive["arr_1"].tolist() == [4, 2, 4, 2, 4, 2]
     for seeds, labels in (([7, 8, 9], [4, 2, 4]), ([10, 11, 12], [2, 4, 2])):
-        *_, step = dar.stream(ar, ar.tokenizer, torch.tensor(labels), (1.1, 4.0), seeds)
+        *_, step = dar.stream(ar, ar.tokenizer, torch.tensor(labels), (4.0, 4.0), seeds)
         assert np.array_equal(archive["arr_0"][seeds[0] - 7 : seeds[-1] - 6], pixels(step.x))
 
 
@@ -235,7 +235,7 @@ def test_a_folder_holds_the_same_pictures_in_the_same_order_and_resumes(model, w
 def test_other_settings_do_not_continue_a_set(model, capsys):
     words = ("--ckpt", model, "--num", 12, "--batch", 4, "--npz", "x.npz")
     interrupted(words, after=1)
-    for other, said in ((("--seed", 5), "seed was 0, is 5"), (("--cfg", "none"), "cfg was [1.1, 4.0], is None")):
+    for other, said in ((("--seed", 5), "seed was 0, is 5"), (("--cfg", "none"), "cfg was [4.0, 4.0], is None")):
         capsys.readouterr()
         call(*words, *other, code=2)
         error = capsys.readouterr().err
@@ -319,7 +319,7 @@ def test_reconstructions_and_their_originals(model, ar, capsys):
 
 
 def drawn(ar, labels, seeds, **settings) -> list[dar.StreamStep]:
-    return list(dar.stream(ar, ar.tokenizer, torch.tensor(labels), (1.1, 4.0), seeds, **settings))
+    return list(dar.stream(ar, ar.tokenizer, torch.tensor(labels), (4.0, 4.0), seeds, **settings))
 
 
 def test_a_trajectory_shows_each_preview_and_the_result(model, ar):
