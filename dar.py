@@ -719,7 +719,7 @@ AR_PRESETS = {
     "L": ARConfig(1024, 24),  # 343M, D-AR-L
     "XL": ARConfig(1280, 36),  # 775M, D-AR-XL: 2.09 FID in Table 3
     "tiny": ARConfig(192, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # for the "tiny" tokenizer
-    "cifar10": ARConfig(256, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # of the shipped model
+    "cifar10": ARConfig(256, 5, vocab_size=1024, num_classes=10, num_tokens=64),  # of the shipped model
 }
 
 

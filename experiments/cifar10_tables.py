@@ -94,7 +94,7 @@ def main() -> None:
     test, train = dar.ImageData(args.test, 32, held_out=True), dar.ImageData(args.train, 32)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: args.num]
     images, labels = classifier.all_images(test)[order], torch.from_numpy(test.labels)[order]
-    judge = Judge(model, images)
+    judge, shown = Judge(model, images), None
     head = "| look like their class | Fréchet distance | precision | recall |"
     if "2" in args.tables:
         found = reconstruct(ar.tokenizer, images, args.batch, SOLVERS)
@@ -106,19 +106,18 @@ def main() -> None:
             parts = zip(pictures.split(1000), images.split(1000))
             psnr = torch.cat([dar.psnr(dar.to_float(a), dar.to_float(b)) for a, b in parts]).mean()
             judge.row(f"Table 2: reconstructions, {name}", pictures, labels, f" {psnr:.2f} |")
-    if "4" in args.tables or "5" in args.tables:
-        shown = {}
-        for name, cfg in GUIDANCE.items() if "4" in args.tables else {SHOWN: GUIDANCE[SHOWN]}.items():
+    if "4" in args.tables:
+        print(f"\n| Table 4: guidance {head}\n|---|---|---|---|---|")
+    for name, cfg in GUIDANCE.items():
+        if "4" in args.tables or ("5" in args.tables and name == SHOWN):
             pictures, classes = generate(ar, cfg, args.num, args.batch, name)
-            shown[name] = pictures if name == SHOWN else pictures[-1:]
-        if "4" in args.tables:
-            print(f"\n| Table 4: guidance {head}\n|---|---|---|---|---|")
-            for name, pictures in shown.items():
+            if "4" in args.tables:
                 judge.row(name, pictures[-1], classes)
-        if "5" in args.tables:
-            print(f"\n| Table 5: tokens, guidance {SHOWN} {head}\n|---|---|---|---|---|")
-            for k, pictures in enumerate(shown[SHOWN], 1):
-                judge.row(str(k * ar.tokenizer.config.group_size), pictures, classes)
+            shown = pictures if name == SHOWN else shown
+    if "5" in args.tables:
+        print(f"\n| Table 5: tokens, guidance {SHOWN} {head}\n|---|---|---|---|---|")
+        for k, pictures in enumerate(shown, 1):
+            judge.row(str(k * ar.tokenizer.config.group_size), pictures, torch.arange(args.num) % ar.config.num_classes)
 
 
 if __name__ == "__main__":
