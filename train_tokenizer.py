@@ -57,6 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.prefetch:
         recipe = RECIPES[args.preset] | ({"codebook_warmup": 0} if args.init else {})
+        if args.lpips_net and not (recipe["lpips"] if args.lpips is None else args.lpips):
+            raise ValueError(f"--lpips-net {args.lpips_net}: has no effect without a weight, --lpips 0.5, say")
         dar.check_training_arguments(args, recipe, times=1, codebook_warmup=0, decay=0, lpips=0, repa=0)
     return args
 

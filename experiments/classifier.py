@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     args = parser.parse_args()
+    if min(args.epochs, args.batch) < 1:
+        raise ValueError(f"--epochs {args.epochs} --batch {args.batch}: expected at least 1 of each")
     device, out = dar.pick_device(args.device), Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     data, val = dar.ImageData(args.data, 32), dar.ImageData(args.val, 32, held_out=True)

@@ -95,6 +95,8 @@ def check(number: int) -> dict[str, tuple[int, int]]:
     found = {exercise.tests: [0, 0] for exercise in EXERCISES}
     for word, file in re.findall(r"^(PASSED|FAILED|ERROR) (tests/\w+\.py)", report, re.MULTILINE):
         found[file][word == "PASSED"] += 1
+    if not all(map(sum, found.values())):  # pytest is missing, or the copy cannot even be imported
+        raise ValueError(f"exercise {number}: some tests did not run: {report.strip()[-200:]!r}")
     return {file: tuple(counts) for file, counts in found.items()}
 
 

@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, nargs=2, default=[4.0, 4.0])
     parser.add_argument("--out", type=Path, default=Path("assets/how.png"))
     args = parser.parse_args()
+    if args.out.suffix.lower() not in dar.IMAGE_SUFFIXES or not args.out.resolve().parent.is_dir():
+        raise ValueError(f"{args.out}: expected a name ending in .png or another image's, in a folder that exists")
     ar = dar.load_ar(args.ckpt, dtype=torch.float32)
     label = sample.parse_classes([args.class_name], sample.class_names(ar), "--class-name")
     steps = list(dar.stream(ar, ar.tokenizer, torch.tensor(label), args.cfg, [args.seed]))

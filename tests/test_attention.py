@@ -293,3 +293,13 @@ def test_recomputing_activations_changes_no_gradient_and_keeps_less(random_weigh
     (plain, kept), (again, kept_again) = run(False), run(True)
     torch.testing.assert_close(plain, again)
     assert kept_again < kept / 10
+
+
+def test_a_mask_counts_for_a_single_query_too():
+    q, k, v = torch.randn(1, 2, 1, 64), torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 64)
+    mask = torch.tensor([[True, False, True, True, False]])
+    with torch.no_grad():
+        expected = dar.attend(q, k[:, :, mask[0]], v[:, :, mask[0]])
+        for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 0.03)):
+            found = dar.attend(q.to(dtype), k.to(dtype), v.to(dtype), mask).float()
+            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)

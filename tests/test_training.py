@@ -484,7 +484,7 @@ def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokeniz
 
 def test_init_starts_from_the_averaged_weights_of_another_run(work):
     run(*TOKENIZER, *"--out first --steps 3 --codebook-warmup 0".split(), cwd=work)
-    words = "--codebook-warmup 0 --steps 1 --lr 1e-30 --init first/last.pt --out second".split()
+    words = "--steps 1 --lr 1e-30 --init first/last.pt --out second".split()  # without the warm-up that is the default
     run(*TOKENIZER, *words, cwd=work)
     first, second = (dar.load_tokenizer(work / out / "last.pt").state_dict() for out in ("first", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -685,7 +685,10 @@ def test_a_slurm_job_that_is_told_to_stop_saves_and_queues_again_and_goes_on(tmp
     while not has_rows(tmp_path / "run", 3)() and time.time() < deadline:
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 0, first.stderr.read()
+    try:
+        assert first.wait(60) == 0
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")])  # whatever was not told to stop
     calls = (tmp_path / "calls").read_text()
     assert f"requeue {os.getpid()}" in calls and f"--signal=TERM {os.getpid()}.0" in calls
     done = dar.read_checkpoint(tmp_path / "run" / "last.pt")["training"]["step"]
