@@ -2,6 +2,7 @@
 
 The small models:            python bench.py
 What a figure's models cost: python bench.py --models v1 L XL --rows encode decode generate --dtype bfloat16
+Waiting for a picture:       python bench.py --models v1 XL --rows stream --batch 1 --compile
 One training step:           python bench.py --models v1 --rows train --batch 32 --compile
 The data loader:             python bench.py --rows loader --data imagenet/train --workers 8
 
@@ -11,6 +12,7 @@ its meaning on another machine. Weights are random: speed does not depend on the
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 import dar
 import train_tokenizer
 
-ROWS = ("encode", "decode", "generate", "train", "loader")
+ROWS = ("encode", "decode", "generate", "stream", "train", "loader")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
     add("--seconds", type=float, default=2.0, help="how long a row is repeated at least (default: 2)")
-    add("--compile", action="store_true", help="torch.compile the training step")
+    add("--compile", action="store_true", help="torch.compile; CUDA graphs too on a GPU")
     add("--checkpoint-blocks", action="store_true", help="recompute activations in the training step")
     add("--data", help="folder for the loader row (default: 64 photographs' worth of drawn JPEGs of 512 pixels)")
     add("--workers", type=int, default=0, help="of the loader (default: none)")
@@ -159,18 +161,35 @@ def ar_operations(c: dar.ARConfig, n: int) -> float:
 # Rows: each yields (what, seconds, limit in seconds, the limit's kind, figures)
 
 
-def build(model_class, config, device, dtype):
+def build(model_class, config, device, dtype, compiled=False):
     with torch.device("meta"):
         model = model_class(config)
     model = model.to_empty(device=device).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    return dar.pack_linears(model.eval())
+    return (dar.compile_for_sampling if compiled else dar.pack_linears)(model.eval())
+
+
+def denoise_limit(c: dar.TokenizerConfig, batch: int, limits: Limits) -> float:
+    """Seconds of a denoising step and its share of the causal decoder."""
+    steps, patches = c.num_steps or c.num_groups, (c.image_size // c.diffusion_patch) ** 2
+    operations = batch * (denoise_operations(c) + causal_operations(c) / steps)
+    return operations / limits.operations(batch * patches, c.diffusion_width)
+
+
+def token_limit(c: dar.ARConfig, rows: int, count: int, limits: Limits) -> tuple[float, str]:
+    """Seconds of a token, and what limits it: every weight is read once, and the keys and values of all tokens before
+    it, count/2 on average, for each of `rows` pictures (guidance: twice as many); or the multiplications."""
+    hidden, size = -(-(8 * c.width // 3) // 256) * 256, torch.tensor([], dtype=limits.dtype).element_size()
+    weights = c.layers * (4 * c.width**2 + 3 * c.width * hidden) + c.width * c.vocab_size
+    cache = rows * c.layers * 2 * c.width * (count + 1) / 2
+    multiplying = rows * ar_operations(c, count) / count / limits.operations(rows, c.width)
+    return max(((weights + cache) * size / limits.bytes(), "memory"), (multiplying, "arithmetic"))
 
 
 def tokenizer_rows(name: str, args, limits: Limits):
     c, device, dtype = dar.TOKENIZER_PRESETS[name], limits.device, limits.dtype
-    tokenizer = build(dar.SequentialDiffusionTokenizer, c, device, dtype)
+    tokenizer = build(dar.SequentialDiffusionTokenizer, c, device, dtype, args.compile)
     for batch in args.batch:
         images = torch.rand(batch, 3, c.image_size, c.image_size, device=device) * 2 - 1
         codes = tokenizer.encode(images)
@@ -180,9 +199,8 @@ def tokenizer_rows(name: str, args, limits: Limits):
             seconds = seconds_of(partial(tokenizer.encode, images), device, args.seconds)
             yield f"{name} encode, batch {batch}", seconds, limit, "arithmetic", {"images/s": batch / seconds}
         if "decode" in args.rows:
-            steps, patches = c.num_steps or c.num_groups, (c.image_size // c.diffusion_patch) ** 2
-            operations = batch * (steps * denoise_operations(c) + causal_operations(c))
-            limit = operations / limits.operations(batch * patches, c.diffusion_width)
+            steps = c.num_steps or c.num_groups
+            limit = steps * denoise_limit(c, batch, limits)
             seconds = seconds_of(partial(tokenizer.decode, codes, images), device, args.seconds)
             figures = {"images/s": batch / seconds, "ms/step": 1000 * seconds / steps}
             yield f"{name} decode, batch {batch}", seconds, limit, "arithmetic", figures
@@ -190,23 +208,35 @@ def tokenizer_rows(name: str, args, limits: Limits):
 
 def ar_rows(name: str, args, limits: Limits):
     c, device = dar.AR_PRESETS[name], limits.device
-    ar = build(dar.ARTransformer, c, device, limits.dtype)
-    hidden = -(-(8 * c.width // 3) // 256) * 256
-    layer = 4 * c.width**2 + 3 * c.width * hidden
-    weights = (c.layers * layer + c.width * c.vocab_size) * ar.tok_embeddings.weight.element_size()
+    ar = build(dar.ARTransformer, c, device, limits.dtype, args.compile)
     count = min(args.tokens, c.num_tokens)
     for batch in args.batch:
         for cfg, half in ((4.0, 2), (None, 1)):
-            # A token reads every weight once, and the keys and values of all tokens before it once: count/2 on average.
-            cache = half * batch * c.layers * 2 * c.width * (count + 1) / 2 * ar.tok_embeddings.weight.element_size()
-            reading = (weights + cache) / limits.bytes()
-            multiplying = half * batch * ar_operations(c, count) / count / limits.operations(half * batch, c.width)
+            limit, kind = token_limit(c, half * batch, count, limits)
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
             seconds = seconds_of(partial(ar.generate, labels, count, cfg, 0), device, args.seconds)
-            limit, kind = max((reading, "memory"), (multiplying, "arithmetic"))
             figures = {"ms/token": 1000 * seconds / count, "images/s": batch * count / c.num_tokens / seconds}
             what = f"{name} generate, batch {batch}, {'guided' if cfg else 'no guidance'}"
             yield what, seconds, count * limit, kind, figures
+
+
+def stream_rows(tokenizer_name: str, name: str, args, limits: Limits):
+    """From the call to the first preview, and to the picture: all tokens, guided, and a denoising step each group."""
+    c, t, device = dar.AR_PRESETS[name], dar.TOKENIZER_PRESETS[tokenizer_name], limits.device
+    ar = build(dar.ARTransformer, c, device, limits.dtype, args.compile)
+    tokenizer = build(dar.SequentialDiffusionTokenizer, t, device, limits.dtype, args.compile)
+
+    def draw(labels, groups):
+        *_, step = itertools.islice(dar.stream(ar, tokenizer, labels, 4.0, 0), groups)
+        return step.x.cpu()
+
+    for batch in args.batch:
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        for groups, what in ((1, "first preview"), (t.num_groups, "picture")):
+            token, kind = token_limit(c, 2 * batch, groups * t.group_size, limits)
+            limit = groups * (t.group_size * token + denoise_limit(t, batch, limits))
+            seconds = seconds_of(partial(draw, labels, groups), device, args.seconds)
+            yield f"{tokenizer_name} and {name} to the {what}, batch {batch}", seconds, limit, kind, {}
 
 
 def train_row(name: str, kind: str, batch: int, args, limits: Limits):
@@ -303,6 +333,11 @@ def main() -> None:
                     yield train_row(name, "tokenizer", batch, args, limits)
                 if name in dar.AR_PRESETS:
                     yield train_row(name, "Llama", batch, args, limits)
+        for name in args.models if "stream" in args.rows else ():
+            for other in args.models if name in dar.AR_PRESETS else ():
+                t, c = dar.TOKENIZER_PRESETS.get(other), dar.AR_PRESETS[name]
+                if t and (t.codebook_size, t.num_tokens) == (c.vocab_size, c.num_tokens):
+                    yield stream_rows(other, name, args, limits)
         if "loader" in args.rows:
             yield loader_row(args)
 

@@ -210,16 +210,21 @@ def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) ->
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns adjacent pairs of x [..., n, 64] by rope [n, 32, 2], in float32. As complex numbers, (a + ib)(cos + i sin),
-    that is one pass over x instead of seven."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
+    that is one pass over x instead of seven, which only torch.compile can make one, and it knows no complex numbers."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
 
 
 class KVCache:
     """Keys and values of the tokens that one attention layer has seen: buffers allocated once, filled from the left."""
 
     def __init__(self, batch: int, heads: int, length: int, device: torch.device, dtype: torch.dtype):
-        self.k, self.v = torch.empty(2, batch, heads, length, HEAD_DIM, device=device, dtype=dtype)
+        self.k, self.v = torch.zeros(2, batch, heads, length, HEAD_DIM, device=device, dtype=dtype)
         self.filled = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,6 +232,12 @@ class KVCache:
         start, self.filled = self.filled, self.filled + k.shape[2]
         self.k[:, :, start : self.filled], self.v[:, :, start : self.filled] = k, v
         return self.k[:, :, : self.filled], self.v[:, :, : self.filled]
+
+    def put(self, k: Tensor, v: Tensor, place: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Writes one token's k, v [B, heads, 1, 64] to its place, int64 [1], and returns the first `length` of all: a
+        mask must hide those to come. The place is a tensor, so that one recording serves them all (Replayed)."""
+        self.k.index_copy_(2, place, k), self.v.index_copy_(2, place, v)
+        return self.k[:, :, :length], self.v[:, :, :length]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -239,8 +250,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
         mask, causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n), False
     if not plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and n > 1)
-    if n == 1 and mask is None:  # matrix times vector reads the keys of a cache as they lie; the loop below copies them
-        return (k @ q.transpose(-1, -2) / HEAD_DIM**0.5).transpose(-1, -2).softmax(-1) @ v
+    if n == 1:  # matrix times vector reads the keys of a cache as they lie; the loop below copies them
+        scores = (k @ q.transpose(-1, -2) / HEAD_DIM**0.5).transpose(-1, -2)
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
     q, k, v, parts = q / HEAD_DIM**0.5, k.transpose(-1, -2).contiguous(), v.contiguous(), []
     for i in range(0, n, 128):  # queries at a time: their scores stay in the processor's cache
         scores = q[:, :, i : i + 128] @ k
@@ -324,29 +336,6 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool, *args, c
         else:
             x = block(x, *args, **kwargs)
     return x
-
-
-class PackedLinear(nn.Module):
-    """A Linear for sampling on a CPU, its weight in the order in which oneDNN reads it."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)  # no Parameter any more
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(model: nn.Module) -> nn.Module:
-    """Packs the Linears of a model on a CPU, in place, and returns it; packed, they are neither trained nor saved.
-    Products of a few rows, as in generation, take a half to a tenth of the time, float32 ones of many under half."""
-    for name, child in model.named_children():
-        if type(child) is not nn.Linear:
-            pack_linears(child)
-        elif child.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            setattr(model, name, PackedLinear(child))  # one by one, so that no second copy of all weights is needed
-    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -626,6 +615,10 @@ class SequentialDiffusionTokenizer(nn.Module):
         self._check_codes(codes)
         return self.causal_decoder(self.quantize.lookup(codes))
 
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """D_FM(x_t, t | a group of z') of eq. 2, float32 [B, 3, H, W]."""
+        return self.diffusion(x_t, t, condition)[0]
+
     @torch.no_grad()
     def denoise(self, code_groups: Iterable[Tensor], noise: Tensor, num_steps=None, solver: str = "ab2") -> Iterator:
         """The sampler behind decode, previews and stream: takes each denoising step as soon as its group is there.
@@ -646,7 +639,7 @@ class SequentialDiffusionTokenizer(nn.Module):
             previews = []
             for t, t_next, group in schedule:
                 if group == k:
-                    v, _ = self.diffusion(x, torch.tensor([t], device=x.device), condition)
+                    v = self.velocity(x, x.new_full((1,), t), condition)
                     previews.append(jump_estimate(x, v, t) / c.data_scale)
                     x, v_prev = solver_step(x, v, v_prev, t_next - t, solver), v
             yield x / c.data_scale, previews
@@ -742,12 +735,12 @@ class LlamaAttention(nn.Module):
         super().__init__()
         self.wqkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
-        q, k, v = self.wqkv(x).unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # each [B, heads, n, 64]
-        q, k = rotate(q, rope), rotate(k, rope)
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None, place=None, mask=None) -> Tensor:
+        qkv = self.wqkv(x).unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # [3, B, heads, n, 64]
+        (q, k), v = rotate(qkv[:2], rope), qkv[2]
         if cache is not None:
-            k, v = cache.extend(k, v)
-        return self.wo(attend(q, k, v, causal=True).transpose(1, 2).flatten(2))
+            k, v = cache.extend(k, v) if place is None else cache.put(k, v, place, mask.shape[-1])
+        return self.wo(attend(q, k, v, mask, causal=mask is None).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -770,8 +763,8 @@ class LlamaBlock(nn.Module):
         self.attention_norm, self.ffn_norm = RMSNorm(width), RMSNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache))
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None, place=None, mask=None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache, place, mask))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -781,6 +774,7 @@ class ARTransformer(nn.Module):
     def __init__(self, config: ARConfig):
         super().__init__()
         self.config, self.recompute = config, False
+        self.replays, self.recorded = False, {}  # compile_for_sampling; a NextToken for the next pictures
         self.attach_tokenizer(None)
         self.class_names: list[str] | None = None
         self.cls_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row: unconditional
@@ -812,11 +806,14 @@ class ARTransformer(nn.Module):
         tokens = self.tok_embeddings(codes)
         return tokens if labels is None else torch.cat((self.cls_embedding(labels)[:, None], tokens), 1)
 
-    def run(self, x: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Embeddings [B, n, C] -> hidden states [B, n, C]; with caches, they follow the positions that these hold."""
+    def run(self, x: Tensor, caches: list[KVCache] | None = None, place=None, mask=None) -> Tensor:
+        """Embeddings [B, n, C] -> hidden states [B, n, C]; with caches, they follow the positions that these hold, or,
+        with place (int64 [1]) and mask (bool [1, m], true up to it), the one embedding's keys and values go there."""
         start = caches[0].filled if caches else 0
-        rope = rope_1d(self.config.num_tokens + 1, x.device)[start : start + x.shape[1]]
-        return self.norm(run_blocks(self.layers, self.dropout(x), self.recompute, rope, caches=caches))
+        rope = rope_1d(self.config.num_tokens + 1, x.device)
+        rope = rope[start : start + x.shape[1]] if place is None else rope[place]
+        cached = dict(caches=caches, place=place, mask=mask)
+        return self.norm(run_blocks(self.layers, self.dropout(x), self.recompute, rope, **cached))
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """codes int64 [B, n], n <= N, labels int64 [B] -> logits, float32 [B, n+1, V]; those at i predict token i."""
@@ -893,6 +890,42 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     return logits
 
 
+class NextToken:
+    """What one step of generation needs, in memory that stays where it is: from the newest tokens to the next ones."""
+
+    def __init__(self, ar, batch: int, guided: bool, count: int, filters: dict):
+        c, weight = ar.config, ar.output.weight
+        self.ar, self.guided, self.filters = ar, guided, filters
+        # Both halves of guidance run in one batch: the pictures with their class, and once more without.
+        self.halves = 2 if guided else 1
+        sizes = self.halves * batch, c.width // HEAD_DIM, count, weight.device, weight.dtype
+        self.caches = [KVCache(*sizes) for _ in range(c.layers)]
+        if ar.replays:
+            self.after = Replayed(self.after)
+
+    def first(self, labels: Tensor, prefix: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+        """The tokens [B, 1] after the class labels [B] and a prefix [B, n], which fill the caches in one pass."""
+        for cache in self.caches:
+            cache.filled = 0
+        if self.guided:
+            labels = torch.cat((labels, torch.full_like(labels, self.ar.config.num_classes)))
+        x = self.ar.embed(labels, prefix.repeat(self.halves, 1))
+        return self.choose(self.ar.run(x, self.caches), scale, noise)
+
+    def after(self, codes: Tensor, place: Tensor, mask: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+        """The tokens [B, 1] after codes [B, 1], which stand at `place` of the caches; the mask is true up to there."""
+        x = self.ar.embed(None, codes.repeat(self.halves, 1))
+        return self.choose(self.ar.run(x, self.caches, place, mask), scale, noise)
+
+    def choose(self, hidden: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+        """Hidden states [halves · B, n, C] -> argmax of guided (scale [1]), filtered, noisy (noise [B, V]) logits."""
+        logits = self.ar.output(hidden[:, -1]).float()
+        if self.guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + scale * (conditional - unconditional)
+        return (filter_logits(logits, **self.filters) + noise).argmax(-1, keepdim=True)
+
+
 @torch.no_grad()
 def generate_groups(
     ar, labels, num_tokens=None, group_size=None, cfg=(1.1, 8.0), seeds=None, greedy=False, prefix=None, **filters
@@ -905,32 +938,28 @@ def generate_groups(
     scale = guidance_schedule(cfg, count)
     given = prefix.shape[1]
     generators = [] if greedy else picture_generators(resolve_seeds(seeds, batch), 1, device)
-
-    # Both halves of guidance run in one batch: the pictures with their class, and once more without.
-    halves = 1 if scale is None else 2
-    classes = labels if scale is None else torch.cat((labels, torch.full_like(labels, c.num_classes)))
-    heads, dtype = c.width // HEAD_DIM, ar.output.weight.dtype
-    caches = [KVCache(halves * batch, heads, count, device, dtype) for _ in range(c.layers)]
     codes = torch.empty(batch, count, dtype=torch.int64, device=device)
     codes[:, :given] = prefix
+    places, scales = torch.arange(count, device=device), torch.tensor(scale or [1.0], device=device).expand(count)
 
+    what = batch, scale is not None, count, filters  # recordings are taken over, and meanwhile belong to nobody else
+    step = ar.recorded.pop(str(what), None) or NextToken(ar, *what)
     for i in range(count):
-        if i % NOISE_BLOCK == 0 and not greedy:  # drawn under a prefix too: the noise of token i is always the same
-            shape = (NOISE_BLOCK, c.vocab_size)
-            noise = [torch.empty(shape, device=device).exponential_(generator=g) for g in generators]
-            gumbel = -torch.stack(noise, 1).log()  # [32, B, V]
-        if i >= given:
-            start, first = (i - 1, None) if i > given else (0, classes)  # the class and the prefix in one pass
-            x = ar.embed(first, codes[:, start:i].repeat(halves, 1))
-            logits = ar.output(ar.run(x, caches)[:, -1]).float()
-            if scale is not None:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + scale[i] * (conditional - unconditional)
-            if not greedy:
-                logits = filter_logits(logits, **filters) + gumbel[i % NOISE_BLOCK]
-            codes[:, i] = logits.argmax(-1)
+        if i % NOISE_BLOCK == 0:  # drawn under a prefix too: the noise of token i is always the same
+            noise = torch.ones(batch, NOISE_BLOCK, c.vocab_size, device=device)
+            for mine, generator in zip(noise, generators):
+                mine.exponential_(generator=generator)
+            gumbel = -noise.log().transpose(0, 1)  # [32, B, V]; 0 if greedy
+            end = min(i + NOISE_BLOCK, count)  # how far the caches are read: one shape, and so one recording, a block
+        random = scales[i : i + 1], gumbel[i % NOISE_BLOCK]
+        if i == given:
+            codes[:, i : i + 1] = step.first(labels, prefix, *random)
+        elif i > given:
+            codes[:, i : i + 1] = step.after(codes[:, i - 1 : i], places[i : i + 1], places[None, :end] <= i, *random)
         if (i + 1) % (group_size or count) == 0 or i + 1 == count:
             yield codes[:, i - i % (group_size or count) : i + 1]
+    if ar.replays:
+        ar.recorded = {str(what): step}
 
 
 def _check_generation(ar, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
@@ -1314,6 +1343,69 @@ class Processes(typing.NamedTuple):
         result = action() if self.rank == 0 else None
         self.barrier()
         return result if self.rank == 0 else action()
+
+
+# Faster sampling
+
+
+class PackedLinear(nn.Module):
+    """A Linear for sampling on a CPU, its weight in the order in which oneDNN reads it."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)  # no Parameter any more
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linears(model: nn.Module) -> nn.Module:
+    """Packs the Linears of a model on a CPU, in place, and returns it; packed, they are neither trained nor saved.
+    Products of a few rows, as in generation, take a half to a tenth of the time, float32 ones of many under half."""
+    for name, child in model.named_children():
+        if type(child) is not nn.Linear:
+            pack_linears(child)
+        elif child.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            setattr(model, name, PackedLinear(child))  # one by one, so that no second copy of all weights is needed
+    return model
+
+
+class Replayed:
+    """A function of tensors whose work on a GPU is recorded as a CUDA graph, once for each shape of its inputs, and
+    then replayed: one launch instead of hundreds, each of which takes longer than the little work it starts. What the
+    function reads or writes besides must stay where it is in memory."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        shapes = tuple(value.shape for value in inputs)
+        if shapes not in self.recorded:
+            self.function(*inputs)  # whatever happens at a first call, such as compiling, must not be recorded
+            graph, buffers = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
+            with torch.cuda.graph(graph):
+                output = self.function(*buffers)
+            self.recorded[shapes] = graph, buffers, output
+        graph, buffers, output = self.recorded[shapes]
+        torch._foreach_copy_(buffers, inputs)
+        graph.replay()
+        return output.clone()  # the next replay overwrites it
+
+
+def compile_for_sampling(model: nn.Module) -> nn.Module:
+    """For many pictures on a GPU, in place, returns the model: torch.compile fuses the small operations of the blocks
+    that sampling runs through again and again, CUDA graphs replay their launches. On a CPU it only compiles."""
+    torch._dynamo.config.recompile_limit = 64  # one for each length of cache that is read, for a few sizes of batch
+    for part in model.modules():
+        if isinstance(part, LlamaBlock | DiffusionBlock):
+            part.compile(dynamic=False)  # equal blocks share one compilation
+    if next(model.parameters()).device.type == "cuda":
+        if isinstance(model, ARTransformer):
+            model.replays = True  # see NextToken
+        else:
+            model.velocity = Replayed(model.velocity)
+    return model
 
 
 # Pictures

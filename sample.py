@@ -49,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=16, help="pictures drawn at once, in each process (default: 16)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights; auto: bfloat16 where it is fast")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--compile", action="store_true", help="on a GPU: faster, after a minute or two (torch.compile, CUDA graphs)")
     add("--threads", type=int, help="of the CPU, in each process (default: 1 for sets, all for pictures)")
     add("--save-bundle", metavar="FILE", help="write model and tokenizer into one file, in --dtype, and stop")
     add = parser.add_argument_group("pictures").add_argument
@@ -128,7 +129,8 @@ def stream(ar, args, labels: list[int], seeds: list[int], prefix=None, tokens=No
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, prefix=prefix)
     labels = torch.tensor(labels, device=ar.tok_embeddings.weight.device)
     steps = dar.stream(ar, ar.tokenizer, labels, args.cfg, seeds, None, args.steps, args.solver, **sampling)
-    for step in itertools.islice(steps, (tokens or total) // group):
+    # Run to its end where possible: a Ctrl-C while Python clears away a generator that is left half-way would be lost.
+    for step in itertools.islice(steps, None if tokens in (None, total) else tokens // group):
         yield step if step.codes.shape[1] == total else step._replace(x=step.preview)
 
 
@@ -270,7 +272,6 @@ def begin_set(files: list[Path], part: Path, shape: tuple[int, ...], args) -> No
 
 def fill_set(files, shape, args, draw, processes, labels=None, summary=lambda arrays: None) -> None:
     """Draws whichever batches are missing, then completes the files: one or more .npz, or one folder of PNGs.
-
     shape: (num, H, W, 3). draw: picture numbers -> for each file, their pictures, float [B, 3, H, W] in [-1, 1].
     labels: numbers -> classes. summary is called in the end with the uint8 arrays of the .npz files."""
     (_, rank, world), num, batch = processes, shape[0], args.batch
@@ -385,7 +386,7 @@ def main() -> None:
     models = [tokenizer] if ar is None else [ar, tokenizer]
     args.weights = fingerprint(models) if args.npz or args.folder else None
     for model in models:
-        dar.pack_linears(model)
+        dar.compile_for_sampling(model) if args.compile else dar.pack_linears(model)
     if args.reconstruct:
         reconstruct(tokenizer, args, processes)
     elif args.npz or args.folder:

@@ -48,7 +48,7 @@ EXERCISES = [
     Exercise(
         "guidance and sampling with a KV cache",
         "dar.py",
-        ["KVCache.extend", "guidance_schedule", "filter_logits", "generate_groups"],
+        ["KVCache.extend", "KVCache.put", "guidance_schedule", "filter_logits", "NextToken.choose", "generate_groups"],
         "tests/test_generation.py",
     ),
     Exercise("metrics", "fid.py", ["moments", "frechet_distance", "precision_recall"], "tests/test_fid.py"),
