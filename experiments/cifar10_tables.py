@@ -92,6 +92,8 @@ def main() -> None:
     ar = dar.load_ar(args.ckpt, device, torch.bfloat16 if dar.has_fast_bfloat16(device) else torch.float32)
     dar.pack_linears(ar), dar.pack_linears(ar.tokenizer)
     test, train = dar.ImageData(args.test, 32, held_out=True), dar.ImageData(args.train, 32)
+    if not ar.class_names == test.class_names == train.class_names:
+        raise ValueError(f"{args.ckpt}, {args.test} and {args.train} do not have the same classes")
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: args.num]
     images, labels = classifier.all_images(test)[order], torch.from_numpy(test.labels)[order]
     judge, shown = Judge(model, images), None

@@ -502,7 +502,7 @@ def test_the_other_models_checkpoint_is_refused(tmp_path, released_dir, bundle, 
         with pytest.raises(ValueError, match="holds a tokenizer"):
             dar.load_ar(path)
     for path in (bundle, released_dir / "ar.pt"):
-        with pytest.raises(ValueError, match="holds an autoregressive model"):
+        with pytest.raises(ValueError, match="holds a Llama"):
             dar.load_tokenizer(path)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import ctypes
 import os
 import signal
 import subprocess
@@ -251,3 +252,25 @@ def test_a_device_that_is_not_there_is_refused():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cuda"):
             dar.pick_device("cuda")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc alone")
+def test_scripts_keep_the_memory_that_they_free():
+    """Counts the pages that the system hands out while 64 MB are taken and freed twenty times."""
+    program = (
+        "import resource, torch, dar\n"
+        "pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "def main():\n"
+        "    for i in range(40):\n"
+        "        before = pages() if i == 20 else i and before\n"
+        "        torch.ones(2**24)\n"
+        "    print(pages() - before)\n"
+        "{}"
+    )
+    found = []
+    for start in ("main()", "dar.command_line(main)"):
+        command = [sys.executable, "-c", program.format(start)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found.append(int(done.stdout))
+    plain, kept = found
+    assert kept < 1000 and kept < plain / 10
