@@ -315,6 +315,7 @@ def loader_row(args):
 def main() -> None:
     args = parse_arguments()
     device = dar.pick_device(args.device)
+    dar.keep_freed_memory()
     fast = dar.has_fast_bfloat16(device) if args.dtype == "auto" else args.dtype == "bfloat16"
     limits = Limits(device, torch.bfloat16 if fast else torch.float32)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

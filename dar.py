@@ -1282,7 +1282,6 @@ def _assign(model_class, config, state: dict, device, dtype) -> nn.Module:
 
 def command_line(main) -> None:
     """Runs main() for its exit code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
-    keep_freed_memory()
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
@@ -1295,8 +1294,9 @@ def command_line(main) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Linux's malloc gives large blocks that are freed back to the system, which then hands them out anew page by page,
-    cleared. Keeping them takes a sixth off a training step on a CPU and up to two fifths off encoding many images."""
+    """Linux's malloc gives large blocks that are freed back to the system, which hands them out anew page by page,
+    cleared. Keeping them takes a tenth to a fifth off a training step on a CPU, and two fifths off encoding many
+    images. To be called when the weights are loaded: what loading frees is better given back."""
     malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(malloc, "mallopt"):  # glibc
         malloc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
@@ -1704,6 +1704,7 @@ class TrainingRun:
     the loss terms. columns: more of log.csv. Raises ValueError if the folder holds another run, naming what differs."""
 
     def __init__(self, args, processes: Processes, model, ema, optimizer, settings: dict, terms: list, columns: list):
+        keep_freed_memory()
         self.args, self.processes, self.folder = args, processes, Path(args.out)
         self.model, self.ema, self.optimizer = model, ema, optimizer
         self.settings, self.terms = {"seed": args.seed, "batch": args.batch} | settings, ["loss", *terms]

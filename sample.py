@@ -374,10 +374,8 @@ def main() -> None:
         raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
     dtype = None if args.save_bundle else DTYPES[args.dtype]
     tokenizer = dar.load_tokenizer(args.tokenizer, device, dtype) if args.tokenizer else None
-    ar = None
-    if not (args.reconstruct and tokenizer):
-        ar = dar.load_ar(args.ckpt, device, dtype, tokenizer=tokenizer)
-        tokenizer = ar.tokenizer
+    ar = None if args.reconstruct and tokenizer else dar.load_ar(args.ckpt, device, dtype, tokenizer=tokenizer)
+    tokenizer = tokenizer or ar.tokenizer
     if tokenizer is None:
         raise ValueError(f"{args.ckpt}: carries no tokenizer; give the one it was trained with as --tokenizer FILE")
     if args.save_bundle:
@@ -387,6 +385,7 @@ def main() -> None:
     args.weights = fingerprint(models) if args.npz or args.folder else None
     for model in models:
         dar.compile_for_sampling(model) if args.compile else dar.pack_linears(model)
+    dar.keep_freed_memory()
     if args.reconstruct:
         reconstruct(tokenizer, args, processes)
     elif args.npz or args.folder:

@@ -91,6 +91,7 @@ def main() -> None:
     model = classifier.load_classifier(args.classifier, device)
     ar = dar.load_ar(args.ckpt, device, torch.bfloat16 if dar.has_fast_bfloat16(device) else torch.float32)
     dar.pack_linears(ar), dar.pack_linears(ar.tokenizer)
+    dar.keep_freed_memory()
     test, train = dar.ImageData(args.test, 32, held_out=True), dar.ImageData(args.train, 32)
     if not ar.class_names == test.class_names == train.class_names:
         raise ValueError(f"{args.ckpt}, {args.test} and {args.train} do not have the same classes")

@@ -136,6 +136,7 @@ def main() -> None:
     if len(data) < args.batch:
         raise ValueError(f"{args.data}: {len(data)} images do not fill a --batch of {args.batch}")
     images, labels = all_images(data), torch.from_numpy(data.labels)
+    dar.keep_freed_memory()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     model = Classifier(len(data.class_names)).to(device, memory_format=torch.channels_last)

@@ -201,6 +201,18 @@ def test_ctrl_c_says_how_much_is_done(model):
     assert f"{4 * marks(Path('x.npz.part'))} of 800 pictures are done" in log_file().read_text()
 
 
+def test_freed_memory_is_kept_once_the_weights_are_loaded(model):
+    calls = []
+    load, pack = dar.load_ar, dar.pack_linears
+    with (
+        patch.object(dar, "load_ar", lambda *args, **kwargs: (calls.append("load"), load(*args, **kwargs))[1]),
+        patch.object(dar, "pack_linears", lambda part: (calls.append("pack"), pack(part))[1]),
+        patch.object(dar, "keep_freed_memory", lambda: calls.append("keep")),
+    ):
+        call("--ckpt", model, "--num", 1)
+    assert calls[:2] == ["load", "pack"] and calls[-1] == "keep" and calls.count("keep") == 1
+
+
 def test_no_generator_is_left_half_way_where_ctrl_c_would_be_lost(model):
     """Python drops what is raised while it clears away a generator: one Ctrl-C in 200 once did nothing."""
     real, ended = dar.stream, []
