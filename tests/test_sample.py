@@ -63,6 +63,7 @@ def call(*words, code=None) -> None:
 
 def work(rank: int, world: int, port: int, words: tuple) -> None:
     """One of several processes, as torchrun starts them; what it says goes to a log beside the test's folder."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background, deaf to it
     os.dup2(os.open(log_file(), os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
