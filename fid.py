@@ -370,6 +370,7 @@ def main():
         raise ValueError(f"images differ in size: {', '.join(f'{images.path} {images.shape}' for images in looked)}")
     device, rank, world = dar.Processes.start(device)
     model = looked and load_inception(args.weights).to(device, torch.float16 if args.half else torch.float32)
+    dar.keep_freed_memory()
     for images in looked:
         if rank == 0 and images.count < 2048 and "mu" not in images.statistics:
             print(f"warning: FID is biased below 2048 images; {images.path} has {images.count}", file=sys.stderr)

@@ -213,6 +213,7 @@ def main() -> int:
     cfg = args.cfg[0] if len(args.cfg) == 1 else tuple(args.cfg)
     dar.guidance_schedule(cfg, 1)  # refuses now what the first picture would stumble over
     tokenizer = dar.load_tokenizer(args.tokenizer, device)
+    dar.keep_freed_memory()
     t, digest = tokenizer.config, fingerprint(tokenizer)
     data = processes.first_alone(lambda: dar.ImageData(args.data, t.image_size, listing=folder / "images.list"))
     args.steps = args.steps or max(1, int(args.epochs * len(data) / args.batch))
