@@ -186,7 +186,7 @@ class VectorQuantizer(nn.Module):
 # where tokens have a place in the image, then scaled dot products (appendix I).
 
 
-@functools.lru_cache(maxsize=32)  # built once for each size, not once a call
+@functools.cache  # built once for each size, not once a call; never dropped, since a CUDA graph may read it (Replayed)
 @torch.inference_mode(False)  # a table first asked for under inference_mode must still be usable in a training step
 def rope_1d(length: int, device: torch.device) -> Tensor:
     """Rotations of places n < length, float32 [length, 32, 2] of (cos, sin): pair i turns by n·10000^(-2i/64)."""
@@ -195,7 +195,7 @@ def rope_1d(length: int, device: torch.device) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), -1)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 @torch.inference_mode(False)
 def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) -> Tensor:
     """Rotations of a height x width patch grid in row-major order, float32 [height·width + num_unplaced, 32, 2].
@@ -211,7 +211,7 @@ def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) ->
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns adjacent pairs of x [..., n, 64] by rope [n, 32, 2], in float32. As complex numbers, (a + ib)(cos + i sin),
-    that is one pass over x instead of seven, which only torch.compile can make one, and it knows no complex numbers."""
+    that is one pass over x instead of seven. torch.compile knows no complex numbers, but fuses the seven itself."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
         (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
@@ -224,8 +224,14 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the tokens that one attention layer has seen: buffers allocated once, filled from the left."""
 
+    @torch.inference_mode(False)
     def __init__(self, batch: int, heads: int, length: int, device: torch.device, dtype: torch.dtype):
         self.k, self.v = torch.zeros(2, batch, heads, length, HEAD_DIM, device=device, dtype=dtype)
+        self.filled = 0
+
+    def clear(self) -> None:
+        """Forgets all tokens. Zeros, since what a mask hides has weight 0, and 0 times inf would be no number."""
+        self.k.zero_(), self.v.zero_()
         self.filled = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +243,7 @@ class KVCache:
     def put(self, k: Tensor, v: Tensor, place: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Writes one token's k, v [B, heads, 1, 64] to its place, int64 [1], and returns the first `length` of all: a
         mask must hide those to come. The place is a tensor, so that one recording serves them all (Replayed)."""
-        self.k.index_copy_(2, place, k), self.v.index_copy_(2, place, v)
+        self.k.index_copy_(2, place, k.to(self.k.dtype)), self.v.index_copy_(2, place, v.to(self.v.dtype))
         return self.k[:, :, :length], self.v[:, :, :length]
 
 
@@ -730,7 +736,8 @@ class RMSNorm(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Causal multi-head attention with one fused projection (rows: queries, keys, values) and RoPE."""
+    """Causal multi-head attention with one fused projection (rows: queries, keys, values) and RoPE. A cache is extended
+    by x or, given a place and a mask as wide as what is read of it, takes the one token of x there (NextToken)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -775,7 +782,7 @@ class ARTransformer(nn.Module):
     def __init__(self, config: ARConfig):
         super().__init__()
         self.config, self.recompute = config, False
-        self.replays, self.recorded = False, {}  # compile_for_sampling; a NextToken for the next pictures
+        self.compiled, self.replays, self.recorded = False, False, {}  # compile_for_sampling; a NextToken for reuse
         self.attach_tokenizer(None)
         self.class_names: list[str] | None = None
         self.cls_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row: unconditional
@@ -892,7 +899,9 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
 
 class NextToken:
-    """What one step of generation needs, in memory that stays where it is: from the newest tokens to the next ones."""
+    """The network's part of generation: `first` reads class and prefix at once, `after` one token. There, place and
+    mask are tensors, not Python's numbers, and shapes stay the same for 32 tokens, so that a GPU can replay one
+    recording for all of them (Replayed, chapter 10)."""
 
     def __init__(self, ar, batch: int, guided: bool, count: int, filters: dict):
         c, weight = ar.config, ar.output.weight
@@ -901,30 +910,30 @@ class NextToken:
         self.halves = 2 if guided else 1
         sizes = self.halves * batch, c.width // HEAD_DIM, count, weight.device, weight.dtype
         self.caches = [KVCache(*sizes) for _ in range(c.layers)]
-        if ar.replays:
-            self.after = Replayed(self.after)
 
-    def first(self, labels: Tensor, prefix: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-        """The tokens [B, 1] after the class labels [B] and a prefix [B, n], which fill the caches in one pass."""
+    @torch.compiler.set_stance("force_eager")  # once a picture, and each length of prefix would be compiled anew
+    def first(self, labels: Tensor, prefix: Tensor, scale: Tensor, gumbel: Tensor) -> Tensor:
+        """The tokens [B, 1] after the class labels [B] and a prefix [B, n], which fill the caches."""
         for cache in self.caches:
-            cache.filled = 0
+            cache.clear()
         if self.guided:
             labels = torch.cat((labels, torch.full_like(labels, self.ar.config.num_classes)))
         x = self.ar.embed(labels, prefix.repeat(self.halves, 1))
-        return self.choose(self.ar.run(x, self.caches), scale, noise)
+        return self.choose(self.ar.run(x, self.caches), scale, gumbel)
 
-    def after(self, codes: Tensor, place: Tensor, mask: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+    def after(self, codes: Tensor, place: Tensor, mask: Tensor, scale: Tensor, gumbel: Tensor) -> Tensor:
         """The tokens [B, 1] after codes [B, 1], which stand at `place` of the caches; the mask is true up to there."""
         x = self.ar.embed(None, codes.repeat(self.halves, 1))
-        return self.choose(self.ar.run(x, self.caches, place, mask), scale, noise)
+        fixed = (place, mask) if self.ar.compiled else ()  # else the caches themselves know, and read no further
+        return self.choose(self.ar.run(x, self.caches, *fixed), scale, gumbel)
 
-    def choose(self, hidden: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-        """Hidden states [halves · B, n, C] -> argmax of guided (scale [1]), filtered, noisy (noise [B, V]) logits."""
+    def choose(self, hidden: Tensor, scale: Tensor, gumbel: Tensor) -> Tensor:
+        """Hidden states [halves · B, n, C] -> argmax of guided (scale [1]) and filtered logits + gumbel [B, V]."""
         logits = self.ar.output(hidden[:, -1]).float()
         if self.guided:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + scale * (conditional - unconditional)
-        return (filter_logits(logits, **self.filters) + noise).argmax(-1, keepdim=True)
+        return (filter_logits(logits, **self.filters) + gumbel).argmax(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -943,24 +952,31 @@ def generate_groups(
     codes[:, :given] = prefix
     places, scales = torch.arange(count, device=device), torch.tensor(scale or [1.0], device=device).expand(count)
 
-    what = batch, scale is not None, count, filters  # recordings are taken over, and meanwhile belong to nobody else
-    step = ar.recorded.pop(str(what), None) or NextToken(ar, *what)
-    for i in range(count):
-        if i % NOISE_BLOCK == 0:  # drawn under a prefix too: the noise of token i is always the same
-            noise = torch.ones(batch, NOISE_BLOCK, c.vocab_size, device=device)
-            for mine, generator in zip(noise, generators):
-                mine.exponential_(generator=generator)
-            gumbel = -noise.log().transpose(0, 1)  # [32, B, V]; 0 if greedy
-            end = min(i + NOISE_BLOCK, count)  # how far the caches are read: one shape, and so one recording, a block
-        random = scales[i : i + 1], gumbel[i % NOISE_BLOCK]
-        if i == given:
-            codes[:, i : i + 1] = step.first(labels, prefix, *random)
-        elif i > given:
-            codes[:, i : i + 1] = step.after(codes[:, i - 1 : i], places[i : i + 1], places[None, :end] <= i, *random)
-        if (i + 1) % (group_size or count) == 0 or i + 1 == count:
-            yield codes[:, i - i % (group_size or count) : i + 1]
-    if ar.replays:
-        ar.recorded = {str(what): step}
+    settings = batch, scale is not None, count, {} if greedy else filters
+    made = ar.recorded.pop(str(settings), None)  # taken out, so that a generator that runs meanwhile makes its own
+    if made is None:
+        ar.recorded.clear()  # memory for one is enough
+        step = NextToken(ar, *settings)
+        made = step, Replayed(step.after) if ar.replays else step.after
+    step, after = made
+    try:
+        for i in range(count):
+            if i % NOISE_BLOCK == 0:  # drawn under a prefix too: the noise of token i is always the same
+                noise = torch.ones(batch, NOISE_BLOCK, c.vocab_size, device=device)
+                for mine, generator in zip(noise, generators):
+                    mine.exponential_(generator=generator)
+                gumbel = -noise.log().transpose(0, 1)  # [32, B, V]; 0 if greedy
+                end = min(i + NOISE_BLOCK, count)  # how far the caches are read: one shape, and one recording, a block
+            if i == given:
+                codes[:, i : i + 1] = step.first(labels, prefix, scales[i : i + 1], gumbel[i % NOISE_BLOCK])
+            elif i > given:
+                at = places[i : i + 1], places[None, :end] <= i
+                codes[:, i : i + 1] = after(codes[:, i - 1 : i], *at, scales[i : i + 1], gumbel[i % NOISE_BLOCK])
+            if (i + 1) % (group_size or count) == 0 or i + 1 == count:
+                yield codes[:, i - i % (group_size or count) : i + 1]
+    finally:
+        if ar.replays:
+            ar.recorded[str(settings)] = made
 
 
 def _check_generation(ar, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
@@ -1277,7 +1293,7 @@ def _assign(model_class, config, state: dict, device, dtype) -> nn.Module:
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Plumbing
 # What both trainings and the other scripts share: pictures, data, randomness that belongs to the sample, averaged
-# weights, processes, and runs that survive being killed. Nothing here is particular to D-AR.
+# weights, processes, faster sampling, and runs that survive being killed. Little here is particular to D-AR.
 
 
 def command_line(main) -> None:
@@ -1296,11 +1312,11 @@ def command_line(main) -> None:
 def keep_freed_memory() -> None:
     """Linux's malloc gives large blocks that are freed back to the system, which hands them out anew page by page,
     cleared. Keeping them takes a tenth to a fifth off a training step on a CPU, and two fifths off encoding many
-    images. To be called when the weights are loaded: what loading frees is better given back."""
+    images. Best called when the weights are loaded: what loading frees is better given back."""
     malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(malloc, "mallopt"):  # glibc
         malloc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        malloc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        malloc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks when 2 GB lie free at its end
 
 
 def pick_device(name: str) -> torch.device:
@@ -1392,11 +1408,15 @@ class Replayed:
         self.function, self.recorded = function, {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.function(*inputs)
         shapes = tuple(value.shape for value in inputs)
         if shapes not in self.recorded:
-            graph, buffers = torch.cuda.CUDAGraph(), [value.clone() for value in inputs]
+            with torch.inference_mode(False):
+                graph, buffers = torch.cuda.CUDAGraph(), [torch.empty_like(value).copy_(value) for value in inputs]
             self.function(*buffers)  # what happens only at a first call, such as compiling, must not be recorded
-            with torch.cuda.graph(graph):
+            before = next(iter(self.recorded.values()), None)
+            with torch.cuda.graph(graph, pool=before and before[0].pool()):  # all work in the same memory, in turn
                 output = self.function(*buffers)
             self.recorded[shapes] = graph, buffers, output
         graph, buffers, output = self.recorded[shapes]
@@ -1406,17 +1426,19 @@ class Replayed:
 
 
 def compile_for_sampling(model: nn.Module) -> nn.Module:
-    """For many pictures on a GPU, in place, returns the model: torch.compile fuses the small operations of the blocks
-    that sampling runs through again and again, CUDA graphs replay their launches. On a CPU it only compiles."""
-    torch._dynamo.config.recompile_limit = 64  # one for each length of cache that is read, for a few sizes of batch
+    """For many pictures on the current GPU, in place, returns the model: torch.compile fuses the small operations of
+    the blocks that sampling runs through again and again, CUDA graphs replay their launches. On a CPU it only compiles.
+    A Llama and its tokenizer need a call each. Afterwards weights may change in place only, and a Llama keeps the
+    caches of the last batch until its `recorded` is cleared."""
+    torch._dynamo.config.recompile_limit = 64  # one for each 32 tokens of cache that are read, at each size of batch
     for part in model.modules():
         if isinstance(part, LlamaBlock | DiffusionBlock):
             part.compile(dynamic=False)  # equal blocks share one compilation
-    if next(model.parameters()).device.type == "cuda":
-        if isinstance(model, ARTransformer):
-            model.replays = True  # see NextToken
-        else:
-            model.velocity = Replayed(model.velocity)
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    if isinstance(model, ARTransformer):
+        model.compiled, model.replays = True, on_gpu
+    elif on_gpu and not isinstance(model.velocity, Replayed):
+        model.velocity = Replayed(model.velocity)
     return model
 
 

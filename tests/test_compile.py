@@ -1,6 +1,7 @@
 """Chapter 10, compile_for_sampling: compiled blocks, and steps that are recorded once and replayed."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -35,6 +36,10 @@ class Recorder(TorchDispatchMode):
         self.operations.append((operation, args, kwargs or {}, out))
         return out
 
+    def pool(self):
+        return None
+
+    @torch.inference_mode()  # as a graph, it does not care in which mode a tensor was made
     def replay(self):
         self.replays += 1
         for operation, args, kwargs, out in self.operations:
@@ -53,7 +58,7 @@ def graphs(monkeypatch) -> list[Recorder]:
         return recorded[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
     return recorded
 
 
@@ -66,7 +71,7 @@ def ar(make_ar) -> dar.ARTransformer:
 def test_replayed_steps_draw_the_same_tokens(graphs, ar, setting):
     again = dict(setting, seeds=9) if "seeds" in setting else setting
     expected = ar.generate(LABELS, **setting), ar.generate(LABELS + 1, **again)
-    ar.replays = True
+    ar.compiled = ar.replays = True
     assert torch.equal(ar.generate(LABELS, **setting), expected[0])
     count = len(graphs)
     assert torch.equal(ar.generate(LABELS + 1, **again), expected[1])  # with what the first call left in the caches
@@ -74,7 +79,7 @@ def test_replayed_steps_draw_the_same_tokens(graphs, ar, setting):
 
 
 def test_one_recording_a_block_serves_all_its_tokens(graphs, ar):
-    ar.replays = True
+    ar.compiled = ar.replays = True
     ar.generate(LABELS, seeds=1)
     assert [graph.replays for graph in graphs] == [31, 32, 16]  # the first token comes with the class
     ar.generate(LABELS, seeds=2)
@@ -85,7 +90,7 @@ def test_one_recording_a_block_serves_all_its_tokens(graphs, ar):
 
 def test_two_streams_of_one_model_do_not_disturb_each_other(graphs, ar):
     expected = [torch.cat([*dar.generate_groups(ar, LABELS, group_size=8, seeds=s)], 1) for s in (1, 2)]
-    ar.replays = True
+    ar.compiled = ar.replays = True
     ar.generate(LABELS, seeds=3)  # leaves recordings, which only one of the two can have
     streams = [dar.generate_groups(ar, LABELS, group_size=8, seeds=s) for s in (1, 2)]
     found = [torch.cat(parts, 1) for parts in zip(*zip(*streams))]
@@ -120,8 +125,9 @@ def test_compiled_models_draw_the_same_pictures(make_ar, make_tokenizer):
     torch._dynamo.utils.counters.clear()
     assert torch.equal(ar.generate(LABELS, greedy=True), codes)
     torch.testing.assert_close(tokenizer.decode(codes, noise), picture, rtol=0, atol=1e-4)
-    # One graph with a cache that grows, one with a cache of fixed length, one for the denoising step: not one a block.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    # One graph for the step of a token, one for the denoising step: not one for each block, token or prefix.
+    ar.generate(LABELS, greedy=True, prefix=codes[:, :9])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -135,7 +141,62 @@ def test_on_a_gpu_recorded_steps_draw_the_same_pictures(make_ar, make_tokenizer,
     if compiled:
         dar.compile_for_sampling(ar), dar.compile_for_sampling(tokenizer)
     else:
-        ar.replays, tokenizer.velocity = True, dar.Replayed(tokenizer.velocity)
+        ar.compiled = ar.replays = True
+        tokenizer.velocity = dar.Replayed(tokenizer.velocity)
     for _ in range(2):
         assert torch.equal(ar.generate(labels, greedy=True), codes)
         torch.testing.assert_close(tokenizer.decode(codes, noise), picture, rtol=0, atol=1e-3)
+
+
+def test_recordings_outlive_generators_that_are_left_half_way(graphs, ar):
+    ar.compiled = ar.replays = True
+    for _ in range(3):
+        next(dar.generate_groups(ar, LABELS, group_size=8, seeds=1))
+    assert len(graphs) == 1
+
+
+def test_memory_of_one_batch_is_kept_at_most(graphs, ar):
+    ar.compiled = ar.replays = True
+    ar.generate(LABELS, seeds=1)
+    made = weakref.ref(*[step for step, _ in ar.recorded.values()])
+    ar.generate(LABELS[:1], seeds=1)
+    assert len(ar.recorded) == 1 and made() is None
+
+
+def test_numbers_that_overflowed_in_one_picture_do_not_reach_the_next(graphs, ar):
+    ar.compiled = ar.replays = True
+    expected = ar.generate(LABELS, seeds=1)
+    ((step, _),) = ar.recorded.values()
+    step.caches[0].v[:, :, 40] = torch.inf
+    assert torch.equal(ar.generate(LABELS, seeds=1), expected)
+
+
+def test_inference_mode_leaves_recordings_that_serve_no_grad_too(graphs, ar, make_tokenizer):
+    ar.compiled = ar.replays = True
+    tokenizer, noise = make_tokenizer(), torch.randn(2, 3, 32, 32)
+    tokenizer.velocity = dar.Replayed(tokenizer.velocity)
+    with torch.inference_mode():
+        codes = ar.generate(LABELS, seeds=1)
+        picture = tokenizer.decode(codes[:, :32] % 64, noise)
+    assert torch.equal(ar.generate(LABELS, seeds=1), codes)
+    assert torch.equal(tokenizer.decode(codes[:, :32].clone() % 64, noise), picture)
+
+
+def test_gradients_are_not_lost_in_a_replay(graphs):
+    x = torch.ones(2, requires_grad=True)
+    dar.Replayed(lambda x: (2 * x).sum())(x).backward()
+    assert x.grad.tolist() == [2, 2]
+
+
+def test_compiling_twice_changes_nothing_more(make_ar, make_tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: None)
+    tokenizer = make_tokenizer()
+    tokenizer.velocity = replayed = dar.Replayed(tokenizer.velocity)
+    assert dar.compile_for_sampling(dar.compile_for_sampling(tokenizer)).velocity is replayed
+
+
+def test_tokens_are_drawn_under_autocast_too(ar):
+    for compiled in (False, True):
+        ar.compiled = compiled
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ar.generate(LABELS, seeds=1).shape == (2, 80)
