@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     names = list(dict.fromkeys([*dar.TOKENIZER_PRESETS, *dar.AR_PRESETS]))
     add("--models", nargs="+", default=["tiny"], choices=names, help="presets; a name may be tokenizer and Llama")
-    add("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="what to measure (default: all)")
+    add("--rows", nargs="+", default=list(ROWS), choices=ROWS, help="what to measure; stream: tokenizer with Llama")
     add("--batch", nargs="+", type=int, default=[1, 8], help="images at once, a row each (default: 1 8)")
     add(
         "--tokens", type=int, default=64, help="tokens that are generated, at most: a whole image takes N (default: 64)"
@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.batch) < 1 or args.tokens < 1 or args.seconds <= 0 or args.workers < 0:
         raise ValueError("--batch, --tokens and --seconds: expected numbers above 0; --workers: 0 or more")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: expected a file in a folder that exists")
     return args
 
 
@@ -82,7 +84,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mb(device: torch.device) -> float:
-    """Peak memory since reset_peak: what tensors took on a GPU, what the whole process took on a CPU."""
+    """Peak memory since reset_peak: what tensors took on a GPU; on a CPU what the whole process has, freed or not."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
@@ -220,6 +222,11 @@ def ar_rows(name: str, args, limits: Limits):
             yield what, seconds, count * limit, kind, figures
 
 
+def belong_together(tokenizer: str, llama: str) -> bool:
+    t, c = dar.TOKENIZER_PRESETS.get(tokenizer), dar.AR_PRESETS.get(llama)
+    return bool(t and c) and (t.codebook_size, t.num_tokens) == (c.vocab_size, c.num_tokens)
+
+
 def stream_rows(tokenizer_name: str, name: str, args, limits: Limits):
     """From the call to the first preview, and to the picture: all tokens, guided, and a denoising step each group."""
     c, t, device = dar.AR_PRESETS[name], dar.TOKENIZER_PRESETS[tokenizer_name], limits.device
@@ -315,12 +322,12 @@ def loader_row(args):
 def main() -> None:
     args = parse_arguments()
     device = dar.pick_device(args.device)
-    dar.keep_freed_memory()
     fast = dar.has_fast_bfloat16(device) if args.dtype == "auto" else args.dtype == "bfloat16"
     limits = Limits(device, torch.bfloat16 if fast else torch.float32)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{where}, {str(limits.dtype)[6:]}, torch {torch.__version__}; reads {limits.bytes() / 1e9:.0f} GB/s")
     print(f"{'':48}{'measured':>12}{'limit':>12}  {'share':>6}  limited by   peak MB")
+    dar.keep_freed_memory()  # not before: the large array that was just read is given back
     found = []
 
     def sources():
@@ -334,11 +341,12 @@ def main() -> None:
                     yield train_row(name, "tokenizer", batch, args, limits)
                 if name in dar.AR_PRESETS:
                     yield train_row(name, "Llama", batch, args, limits)
-        for name in args.models if "stream" in args.rows else ():
-            for other in args.models if name in dar.AR_PRESETS else ():
-                t, c = dar.TOKENIZER_PRESETS.get(other), dar.AR_PRESETS[name]
-                if t and (t.codebook_size, t.num_tokens) == (c.vocab_size, c.num_tokens):
-                    yield stream_rows(other, name, args, limits)
+        if "stream" in args.rows:
+            pairs = [pair for pair in itertools.product(args.models, repeat=2) if belong_together(*pair)]
+            if not pairs:
+                print("stream: no tokenizer and Llama among --models belong together (v1 and XL would)")
+            for pair in pairs:
+                yield stream_rows(*pair, args, limits)
         if "loader" in args.rows:
             yield loader_row(args)
 

@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch", type=int, default=16, help="pictures drawn at once, in each process (default: 16)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights; auto: bfloat16 where it is fast")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--compile", action="store_true", help="on a GPU: faster, after a minute or two (torch.compile, CUDA graphs)")
+    add("--compile", action="store_true", help="for many pictures on a GPU: torch.compile, CUDA graphs; takes a minute")
     add("--threads", type=int, help="of the CPU, in each process (default: 1 for sets, all for pictures)")
     add("--save-bundle", metavar="FILE", help="write model and tokenizer into one file, in --dtype, and stop")
     add = parser.add_argument_group("pictures").add_argument

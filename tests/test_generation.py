@@ -137,6 +137,11 @@ def test_each_token_runs_the_network_once_and_a_prefix_in_one_pass(small_ar):
     assert record.lengths == [13] + [1] * 19
 
 
+def test_greedy_ignores_what_sampling_is_set_to(small_ar):
+    settings = dict(temperature=1e-45, top_k=3, top_p=0.5)
+    assert torch.equal(small_ar.generate(LABELS, greedy=True, **settings), small_ar.generate(LABELS, greedy=True))
+
+
 def test_greedy_ignores_seeds(small_ar):
     first = small_ar.generate(LABELS, greedy=True, seeds=0)
     assert torch.equal(small_ar.generate(LABELS, greedy=True, seeds=1), first)

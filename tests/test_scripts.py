@@ -114,6 +114,12 @@ def test_bench_sets_each_figure_beside_a_limit_that_it_does_not_pass(tmp_path):
         assert 0 < row["share"] < 1
 
 
+def test_bench_says_what_it_cannot_measure_before_it_starts(tmp_path):
+    assert "belong together" in run("bench.py", *"--rows stream --models B --device cpu".split()).stdout
+    done = run("bench.py", "--json", tmp_path / "nowhere" / "x.json", code=2)
+    assert "nowhere" in done.stderr and not done.stdout
+
+
 def test_bench_counts_the_operations_of_the_models():
     c, l = dar.TOKENIZER_PRESETS["tiny"], dar.AR_PRESETS["tiny"]  # noqa: E741
     tokenizer = dar.SequentialDiffusionTokenizer(c).eval().requires_grad_(False)
