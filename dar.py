@@ -1300,6 +1300,11 @@ def command_line(main) -> None:
     """Runs main() for its exit code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
     try:
         sys.exit(main())
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        print(f"error: torch.compile: {str(error).splitlines()[0]}; mend that or leave out --compile", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         print("stopped" if stopped else f"error: {' '.join(str(error).split())}", file=sys.stderr)

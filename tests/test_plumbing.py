@@ -254,7 +254,9 @@ def test_a_device_that_is_not_there_is_refused():
             dar.pick_device("cuda")
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's malloc alone")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="about the malloc of Linux's glibc"
+)
 def test_freed_memory_is_kept():
     """Counts the pages that the system hands out while 64 MB are taken and freed twenty times."""
     program = (

@@ -103,6 +103,14 @@ def test_a_mistake_ends_in_one_line_that_names_it(work, mistake):
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
 
 
+def test_without_a_compiler_compiling_ends_in_one_line(work, tmp_path):
+    words = "sample.py --ckpt ar/last.pt --num 1 --compile --device cpu --out".split()
+    elsewhere = dict(CXX="/nowhere/c++", TORCHINDUCTOR_CACHE_DIR=tmp_path)
+    done = run(*words, tmp_path / "x.png", cwd=work, code=2, **elsewhere)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: torch.compile") and "/nowhere/c++" in last and "Traceback" not in done.stderr
+
+
 def test_bench_sets_each_figure_beside_a_limit_that_it_does_not_pass(tmp_path):
     words = "--rows encode decode generate stream train --batch 1 --tokens 8 --seconds 0.01 --dtype float32"
     run("bench.py", *words.split(), *"--device cpu --json".split(), tmp_path / "rows.json")
