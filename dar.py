@@ -1,134 +1,169 @@
 """D-AR in one file: diffusion as next-token prediction (Gao & Shou, "D-AR: Diffusion via Autoregressive Models",
-arXiv 2505.23660), from the time schedule to the training loop's plumbing, in the order in which one would teach it.
+arXiv 2505.23660), in the order in which one would teach it.
 
-    chapter               what                                         where the paper has it
-    1  Schedule and flow  shift_time, condition_group, interpolate     eq. 3-5
-                          sampling_schedule, solver_step               eq. 8, Table 2 (Euler, Adams 2nd)
-    2  Quantizer          VectorQuantizer                              eq. 1, appendix I "Vector quantization"
-    3  Attention          rope_1d, rope_2d, Attention, GatedBlock      section 4, appendix I "Transformer architecture"
-    4  Diffusion decoder  DiffusionBlock, DiffusionDecoder             eq. 2, Fig. 4, section 4
-    5  Tokenizer          SequentialDiffusionTokenizer, presets        Fig. 4, eq. 1, 2 and 7, Tables 1, 6, 7
-                          denoise, decode, previews                    section 3.3, section 5.1, Fig. 5, Table 5
-    6  Llama              ARTransformer, presets                       section 3.2 (eq. 6), section 4 "AR models"
-    7  Generation         generate_groups, guidance_schedule           section 5, Table 4
-    8  Streaming          stream                                       Fig. 1, section 3.3 "Streaming pixel decoding"
-    9  Checkpoints        load_tokenizer, load_ar, save_checkpoint     (the authors' released files, and ours)
-    10 Plumbing           what both trainings and the scripts share    section 5 "Experimental Setup"
+The method in five sentences. A flow turns noise into an image in K steps. A tokenizer writes an image as N tokens in K
+groups, and each step of the flow is told what to do by one group alone. So the tokens stand in the order of the flow:
+the first ones decide the layout, the last ones the detail. A plain Llama learns to write tokens from left to right.
+Whenever it has finished a group, the picture can take its next step at once.
 
-Names are the paper's: x0 is noise, x1 the image, t = 0 noise and t = 1 data; N tokens in K groups. In shape comments
-B is the batch, C a width, P the number of patches, V the codebook size.
+    chapter               what                                            where the paper has it
+    1  Schedule and flow  condition_group, interpolate, solver_step       eq. 3, 4, 5, 8, Table 2
+    2  Quantizer          VectorQuantizer                                 eq. 1, appendix I
+    3  Attention          rope_1d, rope_2d, Attention, GatedBlock         section 4, appendix I
+    4  Diffusion decoder  DiffusionBlock, DiffusionDecoder                eq. 2, Fig. 4
+    5  Tokenizer          SequentialDiffusionTokenizer, tokenizer_loss    Fig. 4, eq. 7, Tables 1, 2, 6, 7
+    6  Llama              ARTransformer, ar_loss                          eq. 6, section 4
+    7  Generation         generate_groups, guidance_schedule              section 5, Table 4
+    8  Streaming          stream                                          Fig. 1, section 3.3
+       The lesson ends here. What follows is needed to run it, not to understand it.
+    9  Checkpoints        load_tokenizer, load_ar, TOKENIZER_PRESETS      (the authors' released files, and ours)
+    10 Shared tools       prepare_for_sampling, pictures, processes       (what sampling and metrics share)
+
+Symbols, the paper's where it has them:
+    x0, x1, x_t   noise; the image; the point between them at time t        t     flow time: 0 is noise, 1 the image
+    v             velocity of the flow, x1 - x0                             s     uniform time, the paper's t'
+    N, K          tokens of an image (256); groups of tokens (8)            k     a group, 0 ... K-1
+    z, z'         a token's code vector; what the causal decoder makes of it
+    S, V          steps that draw a picture (K by default); codebook size (16384)
+    B, C, P       in shapes: images in a batch; width of a model; patches of an image
+
+Words that the paper takes as known:
+    LPIPS         distance of two images in the features of a trained network (VGG-16), which judges much as people do
+    REPA          an extra loss: from a hidden state, predict the features that a trained network (DINOv2) has there
+    AdaLN-zero    a block whose LayerNorms are shifted, scaled and gated by a condition; the gates start at zero
+    guidance      the difference between a model's answers with and without the class, exaggerated (chapter 7)
+    rFID          FID (distance of two sets of images) between images and what the tokenizer makes of them
 """
 
-import argparse
 import contextlib
-import copy
-import csv
 import ctypes
 import dataclasses
-import functools
 import hashlib
-import io
 import itertools
+import logging
 import math
 import os
 import re
-import shutil
-import signal
 import sys
-import time
 import types
 import typing
 import warnings
+import weakref
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint as recompute_in_backward
-from tqdm import tqdm
 
 HEAD_DIM = 64  # every attention of both models has heads of 64
 EPS = 1e-6  # of every LayerNorm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Schedule and flow
-# Flow matching (eq. 3, 4) moves along straight lines from noise x0 to an image x1; a network learns the velocity.
-# D-AR's own idea is *which tokens the network sees when*: time is cut into K pieces, and piece k belongs to the k-th
-# group of tokens alone (eq. 5). The pieces are equal in a uniform time s (the paper's t'), not in t: t = shift_time(s)
-# spends more of them, and so more tokens, on early times, where pictures are noisy and their layout is decided.
+#
+# Flow matching draws a straight line from noise x0 ~ N(0, I) to an image x1, and moves along it:
+#
+#     x_t = t x1 + (1 - t) x0            for t from 0 (noise) to 1 (image)                    eq. 3
+#     v = d x_t / dt = x1 - x0           the velocity, the same everywhere on the line        eq. 4
+#
+# A network learns to tell v from x_t and t. A picture is drawn by starting at noise and following that velocity.
+#
+# D-AR's own idea is which tokens the network sees at which time. Time is cut into K parts. In part k the network sees
+# the tokens of group k and no others. So group k must say what the flow needs to know in part k: early groups say where
+# things are while the picture is still noise, late groups say what the details are.
+#
+# The parts are equal in a uniform time s, and t is a bent s:
+#
+#     t = s / (s + beta (1 - s))                                                              eq. 8
+#
+# With beta > 1 early flow times, where the layout is decided, get more than their share of parts, and so of tokens.
+#
+# Example with K = 4 and beta = 2. A picture drawn in four steps starts them at s = 0, 1/4, 1/2 and 3/4:
+#
+#     s                        0      0.125  0.25   0.375  0.5    0.625  0.75   0.875  1
+#     t                        0      0.067  0.143  0.231  0.333  0.455  0.6    0.778  1
+#     group, rule "ceil"       0      0      1      1      2      2      3      3      3
+#     group, rule "nearest"    0      1      1      2      2      3      3      3      3
 
 
 def shift_time(s: Tensor | float, beta: float) -> Tensor | float:
-    """Eq. 8: uniform s in [0, 1] -> flow time t = s / (s + beta (1 - s)) in [0, 1]; beta > 1 makes early t denser."""
+    """Eq. 8: uniform time s in [0, 1] -> flow time t = s / (s + beta (1 - s)) in [0, 1]."""
     return s / (s + beta * (1 - s))
 
 
 def unshift_time(t: Tensor | float, beta: float) -> Tensor | float:
-    """Eq. 5: flow time t in [0, 1] -> t' = t / (t + (1 - t) / beta), which is the s that shift_time maps to t."""
+    """Eq. 5, the inverse: flow time t in [0, 1] -> s = t / (t + (1 - t) / beta). Only tests need it: training and
+    sampling both start from s."""
     return t / (t + (1 - t) / beta)
 
 
 def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> Tensor | int:
-    """Eq. 5: which group of tokens, 0 ... K-1, conditions the flow at uniform time s in [0, 1].
-    "ceil" gives each group one K-th of s: the paper's one-based ceil(s K), taken at an edge s = i/K as the interval
-    that a sampling step from there is about to cross (the paper's formula names the one just left, and none at 0).
-    "nearest" is min(floor(s K + 1/2), K-1), which the released weights were trained with: the first group owns half a
-    K-th, the last one and a half. At s = i/K both give i; a t turned back into s may miss such edges by rounding.
-    s: float tensor -> int64 tensor of its shape, or a number -> int. Raises ValueError on an unknown rule."""
-    check_group_rule(rule)
-    if rule == "ceil":
-        return _interval(s, num_groups, num_groups - 1)
-    # nearest: the edges (i - 1/2)/K are every second edge of a grid twice as fine
-    return (_interval(s, 2 * num_groups, 2 * num_groups - 2) + 1) // 2
+    """Eq. 5: the group k that conditions the flow at uniform time s in [0, 1].
 
+    "ceil":     k = min(floor(s K), K - 1)           each group owns one K-th of s
+    "nearest":  k = min(floor(s K + 1/2), K - 1)     the first group owns half a K-th, the last one and a half
 
-def check_group_rule(rule: str) -> None:
-    """Raises ValueError unless the rule is one that condition_group knows."""
-    if rule not in ("ceil", "nearest"):
-        raise ValueError(f"group rule {rule!r}: expected 'ceil' (paper, eq. 5) or 'nearest' (released weights)")
+    "ceil" is the paper's rule. The paper counts groups from one, k = ceil(s K); that names the same group, except at an
+    edge s = i/K, where it names the part of time that ends there. A step that starts there needs the part that begins.
+    The authors' released weights were trained with "nearest". At the edges both rules give group i.
 
-
-def _interval(s: Tensor | float, n: int, last: int) -> Tensor | int:
-    """The largest i <= last with i/n <= s, where i/n is rounded as s is: (1/49)·49 < 1 must not lose the edge 1/49."""
+    s: float tensor -> int64 tensor of the same shape; number -> int. Raises ValueError on an unknown rule."""
     if not isinstance(s, Tensor):
-        return int(_interval(torch.tensor(s, dtype=torch.float64, device="cpu"), n, last))
+        return int(condition_group(torch.tensor(s, dtype=torch.float64, device="cpu"), num_groups, rule))
+    if rule == "ceil":
+        group = floor_of_product(s, num_groups)
+    elif rule == "nearest":
+        group = (floor_of_product(s, 2 * num_groups) + 1) // 2
+    else:
+        raise ValueError(f"group rule {rule!r}: expected 'ceil' (paper, eq. 5) or 'nearest' (released weights)")
+    return group.clamp(0, num_groups - 1)
+
+
+def floor_of_product(s: Tensor, n: int) -> Tensor:
+    """floor(s n) as int64, made safe against rounding: computed as (1/49) · 49, one is a little less than one, and
+    its floor would be 0. The result is the largest i with i/n <= s."""
     i = (s * n).floor()
-    i = i + ((i + 1) / n <= s).to(i.dtype) - (i / n > s).to(i.dtype)
-    return i.long().clamp(0, last)
+    i = i + ((i + 1) / n <= s).to(i.dtype)
+    return (i - (i / n > s).to(i.dtype)).long()
 
 
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-    """Eq. 3: x_t = t x1 + (1 - t) x0, for noise x0 and data x1 [B, ...] and times t [B]."""
+    """Eq. 3: x_t = t x1 + (1 - t) x0, for noise x0 and images x1 [B, ...] at times t [B]."""
     t = t.view(-1, *[1] * (x1.ndim - 1))
     return t * x1 + (1 - t) * x0
 
 
 def jump_estimate(x_t: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
-    """Section 5.1: from x_t straight to the data, x1 = x_t + (1 - t) v_t; a preview is this. t: [B] or number."""
+    """Section 5.1: straight on from x_t to time 1, with the velocity at x_t: x1 = x_t + (1 - t) v.
+    This is what a preview is. It costs no network call, since a sampling step has computed v. t: [B] or a number."""
     if isinstance(t, Tensor):
         t = t.view(-1, *[1] * (x_t.ndim - 1))
     return x_t + (1 - t) * velocity
 
 
 def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -> list[tuple[float, float, int]]:
-    """Eq. 8: the S sampling steps as (t_i, t_{i+1}, group): s_i = i/S, t_i = shift_time(s_i), the group from s_i.
-    With S = K, the paper's default, each group is used exactly once. With S < K some groups are passed over, with
-    S > K some serve several steps. Raises ValueError if num_steps < 1."""
+    """Eq. 8: the S steps that draw a picture, each as (t at its start, t at its end, its group).
+    Step i starts at s = i/S. With S = K, the paper's default, each group is used exactly once; with S < K some groups
+    are passed over; with S > K some serve several steps. Raises ValueError if num_steps < 1."""
     if num_steps < 1:
         raise ValueError(f"{num_steps} sampling steps: expected at least 1")
-    t = [shift_time(i / num_steps, beta) for i in range(num_steps + 1)]
-    return [(t[i], t[i + 1], condition_group(i / num_steps, num_groups, rule)) for i in range(num_steps)]
+    s = [i / num_steps for i in range(num_steps + 1)]
+    t = [shift_time(value, beta) for value in s]
+    return [(t[i], t[i + 1], condition_group(s[i], num_groups, rule)) for i in range(num_steps)]
 
 
 def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: str) -> Tensor:
-    """One ODE step of length h from x with velocity v there; v_prev is the step before's velocity (None at the first).
-    "euler": x + h v. "ab2", two-step Adams-Bashforth (Table 2, "Adams 2nd"): x + h (3/2 v - 1/2 v_prev), first step
-    Euler; as in the paper, with the weights of equal steps, which the shifted ones are not. ValueError otherwise."""
+    """One step of length h from x, where the velocity is v and was v_prev at the step before (None at the first).
+
+    "euler":  x + h v
+    "ab2":    x + h (3/2 v - 1/2 v_prev)     two-step Adams-Bashforth, "Adams 2nd" in Table 2; its first step is Euler's
+
+    The weights 3/2 and -1/2 are right for steps of equal length. The shifted steps are not equal; the paper's best
+    result is with these weights all the same. Raises ValueError on another solver."""
     if solver not in ("euler", "ab2"):
         raise ValueError(f"solver {solver!r}: expected 'euler' or 'ab2'")
     if solver == "ab2" and v_prev is not None:
@@ -138,70 +173,85 @@ def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: s
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Quantizer
-# A token is the index of the codebook row nearest to a feature vector. Both live on the unit sphere (appendix I), where
-# the nearest row is simply the one with the largest inner product.
+#
+# An image becomes tokens in two steps. An encoder (chapter 5) turns the image and N learned queries q into N feature
+# vectors f; the quantizer then replaces each f by the nearest of the V rows of a codebook, and the row's number is the
+# token:
+#
+#     [z_1, ..., z_N] = quant(encoder(image, [q_1, ..., q_N]))                                eq. 1
+#
+# Features and rows have length one (appendix I). Then |f - z|^2 = 2 - 2 f·z, so the nearest row is the row with the
+# largest inner product.
+#
+# Choosing a row has no gradient. So z passes its gradient on to f as if the two were equal ("straight through"), and
+# two losses bring them together, where sg[] means "without gradient":
+#
+#     l_vq     = |sg[f] - z|^2           moves the codebook's rows to the features
+#     l_commit = |f - sg[z]|^2           keeps the features near the rows, with a weight of 0.25
 
 
 class VectorQuantizer(nn.Module):
-    """l2-normalised vector quantizer (eq. 1; appendix I, after LlamaGen): V codes of dimension D, all in float32."""
+    """A codebook of V directions of dimension D (eq. 1; appendix I, after LlamaGen), always in float32."""
 
     def __init__(self, codebook_size: int, code_dim: int):
         super().__init__()
-        self.embedding = nn.Embedding(codebook_size, code_dim)  # N(0, 1) rows: uniform directions once normalised
+        self.embedding = nn.Embedding(codebook_size, code_dim)  # N(0, 1): once normalised, uniform directions
 
     def codebook(self) -> Tensor:
-        """The rows that are compared and passed on: float32 [V, D] of length one."""
+        """The rows as they are compared and passed on: float32 [V, D], of length one."""
         return F.normalize(self.embedding.weight.float(), dim=-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """int64 [...] in 0 ... V-1 -> their unit vectors, float32 [..., D]."""
+        """Tokens int64 [...], 0 ... V-1 -> their rows, float32 [..., D], of length one."""
         return F.normalize(F.embedding(codes, self.embedding.weight).float(), dim=-1)
 
     @torch.no_grad()
-    def nearest(self, f: Tensor) -> Tensor:
-        """float [..., D], of any length -> int64 [...] indices of the nearest codes."""
+    def nearest_code(self, f: Tensor) -> Tensor:
+        """Features [..., D], of any length -> tokens int64 [...]: for each the number of the nearest row."""
         with torch.autocast(f.device.type, enabled=False):
             flat, codebook = f.float().reshape(-1, f.shape[-1]), self.codebook()
-            rows = max(1, 2**26 // len(codebook))  # at once, so that no buffer of products passes 256 MB
-            codes = [(chunk @ codebook.T).argmax(-1) for chunk in flat.split(rows)]
+            rows = max(1, 2**26 // len(codebook))  # at a time, so that the products take at most 256 MB
+            codes = [(part @ codebook.T).argmax(-1) for part in flat.split(rows)]
         return torch.cat(codes).view(f.shape[:-1])
 
     def forward(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features [B, N, D] -> (z [B, N, D], codes int64 [B, N], vq loss, commitment loss).
-        z has the value of the nearest codes and, straight through, the gradient of the normalised features. The
-        losses (appendix I, without their weights) pull the codes to the features, ||sg[f] - z||^2, and the features
-        to their codes, ||f - sg[z]||^2: the mean over D, then over the tokens where keep (bool [B, N]) is true."""
+        """Features [B, N, D] -> (z [B, N, D], codes int64 [B, N], l_vq, l_commit).
+        Both losses are means over D and over the tokens where keep (bool [B, N]) is true; they come without weights."""
         f = F.normalize(f.float(), dim=-1)
-        codes = self.nearest(f)
+        codes = self.nearest_code(f)
         z = self.lookup(codes)
-        weight = torch.ones_like(f[..., 0]) if keep is None else keep.to(f.dtype)
-        errors = ((f.detach() - z) ** 2).mean(-1), ((f - z.detach()) ** 2).mean(-1)
-        vq, commit = (error.mul(weight).sum() / weight.sum() for error in errors)
-        return f + (z - f).detach(), codes, vq, commit
+        keep = torch.ones_like(f[..., 0]) if keep is None else keep.to(f.dtype)
+        vq = (((f.detach() - z) ** 2).mean(-1) * keep).sum() / keep.sum()
+        commit = (((f - z.detach()) ** 2).mean(-1) * keep).sum() / keep.sum()
+        return f + (z - f).detach(), codes, vq, commit  # the value of z, the gradient of f
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Attention and blocks
-# One attention for the whole tokenizer: LayerNorm on queries and keys of each head, then a rotary embedding (RoPE)
-# where tokens have a place in the image, then scaled dot products (appendix I).
+#
+# A token's query q is compared with the keys k of the tokens that it may attend to, and the result is a mean of their
+# values v, weighted by how well the keys fit:
+#
+#     attend(q, k, v) = softmax(q k^T / sqrt(64)) v
+#
+# A rotary embedding (RoPE) tells attention where tokens are: each pair of numbers in a query or key is turned by an
+# angle proportional to the token's place. The product of a turned query and a turned key then depends only on how far
+# apart the two tokens are.
 
 
-@functools.cache  # built once for each size, not once a call; never dropped, since a CUDA graph may read it (Replayed)
-@torch.inference_mode(False)  # a table first asked for under inference_mode must still be usable in a training step
-def rope_1d(length: int, device: torch.device) -> Tensor:
-    """Rotations of places n < length, float32 [length, 32, 2] of (cos, sin): pair i turns by n·10000^(-2i/64)."""
-    frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2, device=device) / HEAD_DIM)
-    angles = torch.arange(length, device=device)[:, None] * frequency
+def rope_1d(place: Tensor) -> Tensor:
+    """Places in a sequence, int64 [n] -> rotations float32 [n, 32, 2], the last dimension (cos, sin).
+    Pair i of a head's 32 pairs turns by the angle place · 10000^(-i/32)."""
+    frequency = 10000.0 ** (-torch.arange(32, device=place.device) / 32)
+    angles = place[:, None] * frequency
     return torch.stack((angles.cos(), angles.sin()), -1)
 
 
-@functools.cache
-@torch.inference_mode(False)
 def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) -> Tensor:
-    """Rotations of a height x width patch grid in row-major order, float32 [height·width + num_unplaced, 32, 2].
-    The first half of a head turns by the row, the second by the column, each with frequencies 10000^(-2i/32). The
-    num_unplaced tokens that follow have no place in the image and are not turned (appendix I: identity)."""
-    frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM // 2, 2, device=device) / (HEAD_DIM // 2))
+    """Rotations of a height x width grid of patches in row-major order, float32 [height·width + num_unplaced, 32, 2].
+    The first 16 pairs of a head turn by the row, the last 16 by the column, pair i by row or column · 10000^(-i/16).
+    The num_unplaced tokens after the patches have no place in the image and are not turned (appendix I)."""
+    frequency = 10000.0 ** (-torch.arange(16, device=device) / 16)
     row = torch.arange(height, device=device).repeat_interleave(width)
     column = torch.arange(width, device=device).repeat(height)
     angles = torch.cat((row[:, None] * frequency, column[:, None] * frequency), -1)  # [P, 32]
@@ -210,87 +260,44 @@ def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) ->
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns adjacent pairs of x [..., n, 64] by rope [n, 32, 2], in float32. As complex numbers, (a + ib)(cos + i sin),
-    that is one pass over x instead of seven. torch.compile knows no complex numbers, but fuses the seven itself."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
-        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
-    return turned.flatten(-2).to(x.dtype)
+    """Turns the pairs of neighbours in x [..., n, 64] by rope [n, 32, 2], in float32.
+    A pair (a, b) becomes (a cos - b sin, a sin + b cos), which is the complex product (a + ib)(cos + i sin)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # [..., n, 32]
+    return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of the tokens that one attention layer has seen: buffers allocated once, filled from the left."""
-
-    @torch.inference_mode(False)
-    def __init__(self, batch: int, heads: int, length: int, device: torch.device, dtype: torch.dtype):
-        self.k, self.v = torch.zeros(2, batch, heads, length, HEAD_DIM, device=device, dtype=dtype)
-        self.filled = 0
-
-    def clear(self) -> None:
-        """Forgets all tokens. Zeros, since what a mask hides has weight 0, and 0 times inf would be no number."""
-        self.k.zero_(), self.v.zero_()
-        self.filled = 0
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v [B, heads, n, 64] and returns all keys and values so far, [B, heads, filled, 64]."""
-        start, self.filled = self.filled, self.filled + k.shape[2]
-        self.k[:, :, start : self.filled], self.v[:, :, start : self.filled] = k, v
-        return self.k[:, :, : self.filled], self.v[:, :, : self.filled]
-
-    def put(self, k: Tensor, v: Tensor, place: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Writes one token's k, v [B, heads, 1, 64] to its place, int64 [1], and returns the first `length` of all: a
-        mask must hide those to come. The place is a tensor, so that one recording serves them all (Replayed)."""
-        self.k.index_copy_(2, place, k.to(self.k.dtype)), self.v.index_copy_(2, place, v.to(self.v.dtype))
-        return self.k[:, :, :length], self.v[:, :, :length]
+def causal_mask(place: Tensor, length: int) -> Tensor:
+    """bool [n, length]: the token at place[i] (int64 [n]) may attend to place j, j < length, unless j is later."""
+    return torch.arange(length, device=place.device) <= place[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """softmax(q k^T / 8) v for queries [B, heads, n, 64] and keys and values [B, heads, m, 64].
-    mask: bool [n, m], true = may attend. causal: the n queries stand at the last n of the m >= n keys' places and see
-    none after their own. In bfloat16 on a CPU, without gradients it is written out, 2 to 9 times as fast as torch's."""
-    n, m = q.shape[-2], k.shape[-2]
-    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
-    if causal and n > 1 and (plain or n < m):
-        mask, causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n), False
-    if not plain:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and n > 1)
-    if n == 1:  # matrix times vector reads the keys of a cache as they lie; the loop below copies them
-        scores = (k @ q.transpose(-1, -2) / HEAD_DIM**0.5).transpose(-1, -2)
-        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
-    q, k, v, parts = q / HEAD_DIM**0.5, k.transpose(-1, -2).contiguous(), v.contiguous(), []
-    for i in range(0, n, 128):  # queries at a time: their scores stay in the processor's cache
-        scores = q[:, :, i : i + 128] @ k
-        if mask is not None:
-            scores = scores.masked_fill(~mask[i : i + 128], -math.inf)
-        parts.append(scores.softmax(-1) @ v)
-    return torch.cat(parts, 2)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(64)) v for queries [B, heads, n, 64], keys and values [B, heads, m, 64].
+    mask: bool [n, m], true where a query may attend to a key; everywhere if None."""
+    return attention_kernel(q, k, v, mask)  # torch's, or where there is a faster one, that (chapter 10)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with QK normalisation, to itself or to a context."""
+    """The tokenizer's attention, to the tokens themselves or to a context. The queries and keys of each head pass a
+    LayerNorm before they are compared (appendix I)."""
 
     def __init__(self, width: int):
         super().__init__()
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
         self.q_norm, self.k_norm = (nn.LayerNorm(HEAD_DIM, eps=EPS) for _ in range(2))
 
-    def forward(self, x: Tensor, context=None, rope=None, mask=None, causal=False, cache=None) -> Tensor:
+    def forward(self, x: Tensor, context=None, rope=None, mask=None) -> Tensor:
         """x [B, n, C] attends to itself, or to context [B, m, C]; -> [B, n, C].
-        rope [n, 32, 2] turns the queries, and the keys too unless they come from a context. mask (bool [n, n], true
-        = may attend) and causal exclude each other; a cache implies causal, and x then follows what it holds."""
+        rope [n, 32, 2] turns queries and keys; of a context, which has no place in the image, only the queries."""
         source = x if context is None else context
         q = self.q_norm(self.q(x).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)  # [B, heads, n, 64]
-        k = self.k_norm(self.k(source).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)
+        k = self.k_norm(self.k(source).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)  # [B, heads, m, 64]
         v = self.v(source).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
         if rope is not None:
-            q, k = rotate(q, rope), (rotate(k, rope) if context is None else k)
+            q = rotate(q, rope)
+            k = rotate(k, rope) if context is None else k
         q, k = q.to(v.dtype), k.to(v.dtype)  # autocast may have left the norms in float32
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        return self.proj(attend(q, k, v, mask, causal or cache is not None).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -305,7 +312,8 @@ class MLP(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """Pre-norm block of encoder and causal decoder; learned gates scale its branches, so that it begins as identity."""
+    """The block of encoder and causal decoder. Learned gates scale its two branches; they start at zero, so a fresh
+    block is the identity."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -313,18 +321,18 @@ class GatedBlock(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=EPS) for _ in range(2))
         self.gate1, self.gate2 = (nn.Parameter(torch.zeros(width)) for _ in range(2))  # zero-initialised
 
-    def forward(self, x: Tensor, rope=None, mask=None, causal=False, cache=None) -> Tensor:
-        x = x + self.gate1 * self.attention(self.norm1(x), rope=rope, mask=mask, causal=causal, cache=cache)
+    def forward(self, x: Tensor, rope=None, mask=None) -> Tensor:
+        x = x + self.gate1 * self.attention(self.norm1(x), rope=rope, mask=mask)
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 
 def normalize(x: Tensor) -> Tensor:
-    """LayerNorm over the last dimension without parameters."""
+    """LayerNorm over the last dimension, without parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
 
-def init_linears(module: nn.Module, std: float = 0.02) -> None:
-    """Truncated normal weights of standard deviation std and zero biases in every Linear (and patch convolution)."""
+def init_linears(module: nn.Module, std: float) -> None:
+    """Truncated normal weights of standard deviation std and zero biases, in every Linear and convolution."""
     for m in module.modules():
         if isinstance(m, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(m.weight, std=std)
@@ -332,35 +340,29 @@ def init_linears(module: nn.Module, std: float = 0.02) -> None:
                 nn.init.zeros_(m.bias)
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, recompute: bool, *args, caches=None, **kwargs) -> Tensor:
-    """x through the blocks, each with its own of the KV caches if there are any. With recompute, activations are
-    computed again in the backward pass instead of kept: less memory, more time."""
-    for i, block in enumerate(blocks):
-        if caches is not None:
-            kwargs["cache"] = caches[i]
-        if recompute and torch.is_grad_enabled():
-            x = recompute_in_backward(block, x, *args, use_reentrant=False, **kwargs)
-        else:
-            x = block(x, *args, **kwargs)
-    return x
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Diffusion decoder
-# A diffusion transformer on raw pixel patches (Fig. 4, right). It differs from DiT in one place: the modulation of
-# AdaLN-zero is not one vector for the picture but one for each patch, because what conditions a patch is what that
-# patch reads from the step's group of tokens by cross-attention.
+#
+# The network of the flow, D_FM in Fig. 4. It is trained to tell the velocity from the point x_t, the time t and c(t),
+# the tokens of the group that chapter 1 assigns to this time:
+#
+#     l_fm = mean of |v - D_FM(x_t, t, c(t))|^2                                               eq. 2
+#
+# It is a diffusion transformer (DiT) on patches of pixels. In each block a condition m shifts, scales and gates what
+# attention and MLP do: x + gate · f(shift + (1 + scale) · norm(x)), with shift, scale and gate a Linear of m. In DiT
+# m is one vector for the whole picture. Here every patch has its own: what this patch reads from the group's tokens by
+# cross-attention, plus an embedding of the time. What it reads is not added to x. It only modulates.
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoids of 1000 t for flow times t [B] in [0, 1]: float32 [B, width], cosines first."""
+    """Flow times t [B] in [0, 1] -> cos, then sin of 1000 t · 10000^(-i / (width/2)): float32 [B, width]."""
     frequency = 10000.0 ** (-torch.arange(width // 2, device=t.device) / (width // 2))
     angles = 1000 * t.float()[:, None] * frequency
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids, then Linear - SiLU - Linear: t [B] -> [B, C]."""
+    """time_embedding, then Linear - SiLU - Linear: t [B] -> [B, C]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -372,7 +374,7 @@ class TimeEmbedding(nn.Module):
 
 
 class DiffusionBlock(nn.Module):
-    """DiT block with AdaLN-zero from cross-attention (section 4, "Sequential diffusion tokenizer architecture")."""
+    """DiT's block (AdaLN-zero), modulated patch by patch (section 4, "Sequential diffusion tokenizer architecture")."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -381,122 +383,116 @@ class DiffusionBlock(nn.Module):
         self.cond_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor, rope: Tensor) -> Tensor:
-        """Patches x [B, P, C], times t [B] or [1], condition tokens [B, n, C], rope [P, 32, 2] -> [B, P, C]."""
-        context = normalize(self.cond_embed(condition))
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, rope: Tensor) -> Tensor:
+        """Patches x [B, P, C], times t [B] or [1], the group's tokens [B, n, C], rope [P, 32, 2] -> [B, P, C]."""
+        context = normalize(self.cond_embed(tokens))
         normal = normalize(x)
-        read = self.cross_attn(normal, context=context, rope=rope)  # [B, P, C]: not added to x, it only modulates
-        modulation = self.adaLN_modulation(read + self.time_embed(t)[:, None])
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
-        # addcmul(a, b, c) is a + b c in one pass over the patches instead of two
-        x = torch.addcmul(x, gate_a, self.attention(torch.addcmul(shift_a, normal, 1 + scale_a), rope=rope))
-        return torch.addcmul(x, gate_m, self.mlp(torch.addcmul(shift_m, normalize(x), 1 + scale_m)))
+        m = self.cross_attn(normal, context=context, rope=rope) + self.time_embed(t)[:, None]  # [B, P, C]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(m).chunk(6, -1)
+        x = x + gate_a * self.attention(shift_a + (1 + scale_a) * normal, rope=rope)
+        return x + gate_m * self.mlp(shift_m + (1 + scale_m) * normalize(x))
 
 
 class DiffusionDecoder(nn.Module):
-    """D_FM of eq. 2: the velocity at (x_t, t) given a group of z'. With a repa_layer, the state that enters that
-    block also goes through the REPA head (eq. 7), whose output the training compares to DINOv2's patch features."""
+    """D_FM of eq. 2. With a repa_layer it has one more output for eq. 7: the hidden state that enters that block also
+    goes through a small network, the REPA head, whose result the training compares to DINOv2's features."""
 
     REPA_GRID, REPA_WIDTH, REPA_HIDDEN = 16, 768, 2048  # DINOv2 ViT-B/14 sees 224 pixels: 16x16 features of width 768
 
-    def __init__(self, width: int, cond_width: int, depth: int, patch_size: int, repa_layer: int | None, init_std=0.02):
+    def __init__(self, width: int, token_width: int, depth: int, patch_size: int, repa_layer: int | None, std=0.02):
         super().__init__()
-        self.patch_size, self.repa_layer, self.recompute = patch_size, repa_layer, False
-        self.cond_mlp = nn.Linear(cond_width, width)
+        self.patch_size, self.repa_layer = patch_size, repa_layer
+        self.cond_mlp = nn.Linear(token_width, width)
         self.patch_in = nn.Linear(3 * patch_size**2, width)
         self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(depth))
         self.patch_out = nn.Linear(width, 3 * patch_size**2)
         if repa_layer is not None:
             h, o = self.REPA_HIDDEN, self.REPA_WIDTH
             self.repa_head = nn.Sequential(nn.Linear(width, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, o))
-        init_linears(self, init_std)
+        init_linears(self, std)
         nn.init.zeros_(self.patch_out.weight)  # zero-initialised: the first velocity is 0
         for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)  # zero-initialised: blocks begin as the identity
+            nn.init.zeros_(block.adaLN_modulation[1].weight)  # zero-initialised: a fresh block is the identity
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor, repa: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x_t [B, 3, H, W], t [B] or [1] (one time for all), condition z' [B, n, cond_width].
-        -> velocity, float32 [B, 3, H, W]; and with repa the REPA head's features [B, g·g, 768], g at most 16."""
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, repa: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x_t [B, 3, H, W]; t [B], or [1] for all; tokens, a group of z', [B, n, token_width].
+        -> velocity float32 [B, 3, H, W]; and with repa the REPA head's output [B, g·g, 768], g at most 16."""
         size, dtype = self.patch_size, self.patch_in.weight.dtype
         height, width = x_t.shape[2] // size, x_t.shape[3] // size
         rope = rope_2d(height, width, 0, x_t.device)
-        condition = normalize(self.cond_mlp(condition))
+        tokens = normalize(self.cond_mlp(tokens))
         patches = F.pixel_unshuffle(x_t, size).flatten(2).transpose(1, 2)  # [B, P, 3·size²] in the order (c, row, col)
-        x = self.patch_in(patches.to(dtype))
-        split = self.repa_layer if repa else 0
-        x = run_blocks(self.blocks[:split], x, self.recompute, t, condition, rope)
-        features = self.repa_features(x, height, width) if repa else None
-        x = run_blocks(self.blocks[split:], x, self.recompute, t, condition, rope)
-        out = self.patch_out(normalize(x)).float()
-        return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, (height, width)), size), features
+        x, repa_features = self.patch_in(patches.to(dtype)), None
+        for i, block in enumerate(self.blocks):
+            if repa and i == self.repa_layer:
+                repa_features = self.read_repa(x, height, width)
+            x = block(x, t, tokens, rope)
+        out = self.patch_out(normalize(x)).float().transpose(1, 2).unflatten(2, (height, width))
+        return F.pixel_shuffle(out, size), repa_features
 
-    def repa_features(self, x: Tensor, height: int, width: int) -> Tensor:
+    def read_repa(self, x: Tensor, height: int, width: int) -> Tensor:
         """Hidden state [B, height·width, C] -> [B, g·g, 768]: averaged to 16x16 where larger, kept where smaller."""
         grid = x.transpose(1, 2).unflatten(2, (height, width))
-        pooled = F.adaptive_avg_pool2d(grid, (min(height, self.REPA_GRID), min(width, self.REPA_GRID)))
-        return self.repa_head(pooled.flatten(2).transpose(1, 2))
+        grid = F.adaptive_avg_pool2d(grid, (min(height, self.REPA_GRID), min(width, self.REPA_GRID)))
+        return self.repa_head(grid.flatten(2).transpose(1, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Tokenizer
-# Image -> encoder -> quantizer -> 256 codes -> causal decoder -> z' -> diffusion decoder -> image (Fig. 4). The codes
-# are what the Llama of chapter 6 learns to predict; everything to their right runs left to right, group by group.
-
-
-def _check_fields(config, may_be_zero: tuple[str, ...]) -> None:
-    """Raises ValueError naming a field that is no positive number of its type or, for widths, not whole heads."""
-    for field in dataclasses.fields(config):
-        value, number = getattr(config, field.name), (int, float) if field.type is float else int
-        if field.type is str or (value is None and field.type == int | None):
-            continue
-        zero = field.name in may_be_zero
-        fits = isinstance(value, number) and not isinstance(value, bool) and 0 <= value < 2**31
-        if not fits or value == 0 and not zero:
-            wanted = f"{'a number' if field.type is float else 'an integer'} {'from' if zero else 'above'} 0"
-            raise ValueError(f"{field.name} = {value!r}: expected {wanted}, below 2**31")
-        if field.name.endswith("width") and value % HEAD_DIM:
-            raise ValueError(f"{field.name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
+#
+# The parts of Fig. 4, with the sizes of the paper's model:
+#
+#     image [3, 256, 256]                                              noise x0 [3, 256, 256]
+#       | cut into patches of 16x16 pixels                               | cut into patches of 8x8 pixels
+#     256 patches and 256 learned queries                              1024 patches
+#       | encoder                                                        |
+#     256 features, one for each query                                   |
+#       | quantizer (chapter 2)                                          |
+#     256 tokens: what the Llama of chapter 6 learns to write            |
+#       | causal decoder                                                 |
+#     z', in 8 groups of 32  ------- group k, in part k of time ------>  | diffusion decoder (chapter 4), 8 steps
+#                                                                      image
+#
+# Encoder. Patches and queries go through a transformer together. Query i reads all patches and the queries before it. A
+# patch reads no query: otherwise query i could learn through a patch, one block later, what a later query has read, and
+# the order of the tokens would be lost.
+#
+# Causal decoder. The diffusion decoder sees one group, but step k should also know what the earlier groups have said.
+# So a causal transformer lets every token read the tokens before it, and z' brings along what they said. It must be
+# causal, because z' of group k has to be complete before group k + 1 exists.
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """All that shapes a tokenizer; the defaults are "v1", the paper's. Raises ValueError on what cannot be built."""
+    """All that shapes a tokenizer; the defaults are the paper's (others: TOKENIZER_PRESETS in chapter 9).
+    Raises ValueError, naming the value, on what cannot be built."""
 
     image_size: int = 256  # pixels a side that decode() draws when it is given no noise
-    encoder_patch: int = 16  # pixels a side (p in section 4)
+    encoder_patch: int = 16  # pixels a side
     encoder_width: int = 768
     encoder_layers: int = 8
-    decoder_width: int = 768  # causal decoder, and so of z'
+    decoder_width: int = 768  # of the causal decoder, and so of z'
     decoder_layers: int = 8
     num_tokens: int = 256  # N
     num_groups: int = 8  # K
-    codebook_size: int = 16384
-    code_dim: int = 8
-    diffusion_patch: int = 8  # p_d
+    codebook_size: int = 16384  # V
+    code_dim: int = 8  # D
+    diffusion_patch: int = 8  # pixels a side
     diffusion_width: int = 768
     diffusion_layers: int = 12
-    num_steps: int = 0  # sampling steps S; 0 means S = K, as in eq. 8
+    num_steps: int = 0  # S, sampling steps; 0 means S = K
     time_shift: float = 2.0  # beta of eq. 5 and 8
-    data_scale: float = 0.6  # x1 = data_scale · image; 1 in the paper's eq. 4, 0.6 in its released weights
-    group_rule: str = "ceil"  # eq. 5; "nearest" is what the released weights were trained with (condition_group)
-    repa_layer: int | None = 8  # REPA reads the state entering this diffusion block; None: no REPA head
-    commit_weight: float = 0.25  # beta of appendix I
-    init_std: float = 0.02  # of fresh Linears; narrow models start faster with 1/sqrt(width), which 0.02 is far below
-    max_tokens: int = 1024  # rows of the query and position tables, of which the first N are used
+    # The flow's x1 is data_scale · image. The paper's equations have 1, its released weights 0.6: a fainter image stays
+    # below the noise for longer, so more of the flow's way is spent where only the layout can be seen.
+    data_scale: float = 0.6
+    group_rule: str = "ceil"  # of condition_group: "ceil" as in the paper, "nearest" as in the released weights
+    repa_layer: int | None = 8  # REPA reads the state that enters this diffusion block; None: no REPA head
+    commit_weight: float = 0.25  # of l_commit
+    init_std: float = 0.02  # of fresh Linears; narrow models start faster with 1/sqrt(width), which is far more
+    max_tokens: int = 1024  # rows of the tables of queries and positions, of which the first N are used
 
     def __post_init__(self):
-        optional = ("num_steps", "repa_layer", "commit_weight", "encoder_layers", "decoder_layers")
-        _check_fields(self, may_be_zero=optional)
-        for name in ("encoder_patch", "diffusion_patch"):
-            if self.image_size % getattr(self, name):
-                raise ValueError(f"image size {self.image_size} is no multiple of {name} = {getattr(self, name)}")
-        if self.num_tokens % self.num_groups:
-            raise ValueError(f"N = {self.num_tokens} tokens do not divide into K = {self.num_groups} equal groups")
-        if self.num_tokens > self.max_tokens:
-            raise ValueError(f"N = {self.num_tokens} tokens, but the tables have max_tokens = {self.max_tokens} rows")
-        if self.repa_layer is not None and self.repa_layer >= self.diffusion_layers:
-            raise ValueError(f"repa_layer = {self.repa_layer} must be below diffusion_layers = {self.diffusion_layers}")
-        check_group_rule(self.group_rule)
+        check_tokenizer_config(self)
 
     @property
     def group_size(self) -> int:
@@ -504,42 +500,27 @@ class TokenizerConfig:
         return self.num_tokens // self.num_groups
 
 
-def _check_range(what: str, numbers: Tensor, count: int) -> None:
-    low, high = (int(numbers.min()), int(numbers.max())) if numbers.numel() else (0, 0)
-    if low < 0 or high >= count:
-        raise ValueError(f"{what} from {low} to {high}: expected 0 ... {count - 1}")
+class StreamStep(typing.NamedTuple):
+    """Where a picture stands once a further group of tokens is known. Images are float32 [B, 3, H, W], not clamped."""
 
+    codes: Tensor  # int64 [B, n], the tokens so far
+    x: Tensor  # x_t / data_scale; after the last group this is the picture
+    previews: tuple[Tensor, ...]  # a jump estimate for each sampling step so far
 
-LITE = dict(encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_layers=8, repa_layer=5)
-TINY = dict(image_size=32, encoder_patch=4, diffusion_patch=4, num_tokens=64, codebook_size=1024, repa_layer=None)
-TINY |= dict(encoder_width=128, decoder_width=128, diffusion_width=128, init_std=0.08)
-TINY |= dict(encoder_layers=4, decoder_layers=4, diffusion_layers=6)
-TOKENIZER_PRESETS = {
-    "v1": TokenizerConfig(),  # 307M parameters; 1.52 rFID in Table 2
-    "lite": TokenizerConfig(**LITE),  # 113M, of the ablations in appendix III
-    "tiny": TokenizerConfig(**TINY),  # 32x32 pixels, 4M, trains on two CPU cores
-    "cifar10": TokenizerConfig(**TINY, time_shift=4.0),  # of the shipped model
-}
-
-
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
-def encoder_mask(num_patches: int, num_queries: int, device: torch.device) -> Tensor:
-    """bool [P+N, P+N], true where row may attend to column: all to patches, queries also up to themselves."""
-    mask = torch.ones(2 * [num_patches + num_queries], dtype=torch.bool, device=device).tril()
-    mask[:, :num_patches] = True
-    return mask
+    @property
+    def preview(self) -> Tensor:
+        """The newest of them. There always is one, since the first step uses the first group."""
+        return self.previews[-1]
 
 
 class SequentialDiffusionTokenizer(nn.Module):
-    """Fig. 4: images to N codes in the order of diffusion time, and back. Called, it returns the training losses."""
+    """Fig. 4: images to N tokens in the order of diffusion time, and back. A call returns what the losses need."""
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.config, self.recompute = config, False
-        c = config
+        self.config = c = config
         self.patchify = nn.Conv2d(3, c.encoder_width, c.encoder_patch, stride=c.encoder_patch)
-        self.query_embedding = nn.Embedding(c.max_tokens, c.code_dim)  # low rank: widened by query_linear
+        self.query_embedding = nn.Embedding(c.max_tokens, c.code_dim)  # a query is D numbers, widened by query_linear
         self.query_linear = nn.Linear(c.code_dim, c.encoder_width)
         self.encoder_layers = nn.ModuleList(GatedBlock(c.encoder_width) for _ in range(c.encoder_layers))
         self.quant_in = nn.Linear(c.encoder_width, c.code_dim, bias=False)
@@ -548,183 +529,197 @@ class SequentialDiffusionTokenizer(nn.Module):
         self.decoder_embedding = nn.Embedding(c.max_tokens, c.decoder_width)  # learned positions
         self.decoder_layers = nn.ModuleList(GatedBlock(c.decoder_width) for _ in range(c.decoder_layers))
         init_linears(self, c.init_std)
-        # Unit vectors z enter the causal decoder at the scale of a LayerNorm's output, well above the positions: with
-        # 0.02 here and N(0, 1) positions, z' would hardly depend on the codes for the first hundreds of steps.
+        # Codes enter the causal decoder at the scale of a LayerNorm's output, far above the positions. With weights of
+        # 0.02 and positions of N(0, 1), z' would hardly depend on the codes for the first hundreds of steps.
         nn.init.normal_(self.quant_out.weight)
         nn.init.normal_(self.decoder_embedding.weight, std=0.02)
-        sizes = c.diffusion_width, c.decoder_width, c.diffusion_layers, c.diffusion_patch
-        self.diffusion = DiffusionDecoder(*sizes, c.repa_layer, c.init_std)
+        self.diffusion = DiffusionDecoder(  # comes after init_linears, which would undo its zero-initialised layers
+            c.diffusion_width, c.decoder_width, c.diffusion_layers, c.diffusion_patch, c.repa_layer, c.init_std
+        )
 
-    # The parts, from left to right in Fig. 4
-
-    def features(self, images: Tensor) -> Tensor:
-        """Encoder, eq. 1 before quant(): float [B, 3, H, W] in [-1, 1] -> [B, N, D], which the quantizer normalises."""
+    def encoder(self, images: Tensor) -> Tensor:
+        """float [B, 3, H, W] in [-1, 1] -> features [B, N, D] of eq. 1, before the quantizer normalises them."""
         c = self.config
-        self._check_size(images, "images", c.encoder_patch)
+        check_pixels(images, "images", c.encoder_patch)
         patches = self.patchify(images.to(self.patchify.weight.dtype))  # [B, C, H/p, W/p]
         height, width = patches.shape[2:]
         patches = normalize(patches.flatten(2).transpose(1, 2))  # [B, P, C], row-major
         queries = self.query_linear(self.query_embedding.weight[: c.num_tokens]).to(patches.dtype)
         x = torch.cat((patches, queries.expand(len(images), -1, -1)), 1)  # [B, P+N, C]
         rope = rope_2d(height, width, c.num_tokens, x.device)
-        mask = encoder_mask(height * width, c.num_tokens, x.device)
-        x = run_blocks(self.encoder_layers, x, self.recompute, rope=rope, mask=mask)
-        return self.quant_in(normalize(x[:, -c.num_tokens :]))
+        mask = causal_mask(torch.arange(x.shape[1], device=x.device), x.shape[1])  # [P+N, P+N]
+        mask[:, : height * width] = True  # all read all patches
+        for block in self.encoder_layers:
+            x = block(x, rope=rope, mask=mask)
+        return self.quant_in(normalize(x[:, height * width :]))
 
-    def causal_decoder(self, z: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Code vectors z [B, n, D] -> z' [B, n, decoder_width]; with caches, z follows the tokens that they hold."""
-        start = caches[0].filled if caches else 0
-        position = self.decoder_embedding.weight[start : start + z.shape[1]]
-        x = self.quant_out(z.to(self.quant_out.weight.dtype)) + position
-        return normalize(run_blocks(self.decoder_layers, x, self.recompute, caches=caches, causal=True))
+    def causal_decoder(self, z: Tensor) -> Tensor:
+        """Code vectors z [B, n, D] of the first n tokens -> z' [B, n, decoder_width]."""
+        x = self.quant_out(z.to(self.quant_out.weight.dtype)) + self.decoder_embedding.weight[: z.shape[1]]
+        mask = causal_mask(torch.arange(z.shape[1], device=z.device), z.shape[1])
+        for block in self.decoder_layers:
+            x = block(x, mask=mask)
+        return normalize(x)
+
+    # Training
 
     def forward(self, images: Tensor, s=None, noise=None, code_noise=None) -> dict[str, Tensor]:
         """The training step of section 4: encode, quantize, draw a time, denoise with that time's group of z'.
-        images: float [B, 3, H, W] in [-1, 1]. s: uniform times in [0, 1], [B], or [B, R]: R times for each image,
-        which is encoded once; drawn if None. noise: x0, [B, 3, H, W] or [B, R, 3, H, W]; drawn if None.
-        code_noise: [B, N, D], added to the normalised features in place of quantization (codebook warm-up).
-        Returns the scalars "fm" (eq. 2, over data_scale²), "vq" and "commit" (appendix I, weighted) and "kept",
-        the number of tokens these two are means over; "codes" [B, N]; "pred_image" (jump estimates [B·R, 3, H, W], not
-        clamped, for LPIPS); and "repa" ([B·R, g·g, 768]) if there is a head. Summing them, eq. 7, is the script's."""
+        images: float [B, 3, H, W] in [-1, 1].
+        s: uniform times [B, R], drawn with R = 1 if None. With R > 1, which is ours, an image is encoded once and the
+            decoder trained at R of its times.
+        noise: x0 [B, R, 3, H, W], drawn if None.
+        code_noise: [B, N, D], for a codebook warm-up, which is ours too: features are not quantized, and this noise
+            stands for the error that the quantizer will make. At first all features are alike; quantized at once, they
+            would use few codes for long.
+        Returns what tokenizer_loss needs: "fm", l_fm of eq. 2 divided by data_scale²; "vq", "commit" with its weight,
+        and "kept", the number of tokens that these two are means of; "pred_image", the jump estimates [B·R, 3, H, W],
+        not clamped; "repa" [B·R, g·g, 768], if there is a REPA head. And "codes", int64 [B, N]."""
         c, batch = self.config, len(images)
         s = (torch.rand(batch, device=images.device) if s is None else s).view(batch, -1)  # [B, R]
-        x1 = (c.data_scale * images.float()).repeat_interleave(s.shape[1], 0)  # [B·R, 3, H, W]
-        x0 = torch.randn_like(x1) if noise is None else noise.view(x1.shape)
         group = condition_group(s, c.num_groups, c.group_rule)  # [B, R]
 
-        # Tokens after the last group that is used cannot have mattered: the quantizer's losses leave them out.
+        # An image's tokens after the last group in use do nothing in this step: the velocity has no say in what they
+        # mean. So l_vq and l_commit leave them out, which else would tie codes and features that nobody has used.
         used = (group.amax(1, keepdim=True) + 1) * c.group_size
         keep = torch.arange(c.num_tokens, device=images.device) < used  # [B, N]
-        f = self.features(images)
+        f = self.encoder(images)
         z, codes, vq, commit = self.quantize(f, keep)
         if code_noise is not None:
             z = F.normalize(F.normalize(f.float(), dim=-1) + code_noise, dim=-1)
-            vq, commit = 0 * vq, 0 * commit  # still in the graph: DDP wants a gradient for the codebook
+            vq, commit = 0 * vq, 0 * commit  # zero, but with a gradient, which processes that train together exchange
 
         groups = self.causal_decoder(z).unflatten(1, (c.num_groups, c.group_size))  # [B, K, N/K, C]
-        condition = groups[torch.arange(batch, device=s.device)[:, None], group].flatten(0, 1)  # [B·R, N/K, C]
-        t = shift_time(s, c.time_shift).flatten()
-        x_t = interpolate(x0, x1, t)
-        velocity, features = self.diffusion(x_t, t, condition, repa=c.repa_layer is not None)
-        out = {"fm": F.mse_loss(velocity, x1 - x0) / c.data_scale**2, "vq": vq, "commit": c.commit_weight * commit}
-        out |= {"kept": keep.sum(), "codes": codes, "pred_image": jump_estimate(x_t, velocity, t) / c.data_scale}
-        return out if features is None else out | {"repa": features}
+        image_number = torch.arange(batch, device=s.device)[:, None]  # [B, 1]
+        tokens = groups[image_number, group].flatten(0, 1)  # [B·R, N/K, C]: for each time its group
 
-    # What users call
+        t = shift_time(s, c.time_shift).flatten()  # [B·R]
+        x1 = (c.data_scale * images.float()).repeat_interleave(s.shape[1], 0)  # [B·R, 3, H, W]
+        x0 = torch.randn_like(x1) if noise is None else noise.view(x1.shape)
+        x_t = interpolate(x0, x1, t)
+        v, repa_features = self.diffusion(x_t, t, tokens, repa=c.repa_layer is not None)
+        out = {"fm": F.mse_loss(v, x1 - x0) / c.data_scale**2, "vq": vq, "commit": c.commit_weight * commit}
+        out |= {"kept": keep.sum(), "codes": codes, "pred_image": jump_estimate(x_t, v, t) / c.data_scale}
+        return out if repa_features is None else out | {"repa": repa_features}
+
+    # Use
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> codes, int64 [B, N]. Raises ValueError if patches do not divide H and W."""
-        return self.quantize.nearest(self.features(images))
+        """float [B, 3, H, W] in [-1, 1] -> tokens, int64 [B, N]. Raises ValueError if patches do not divide H and W."""
+        return self.quantize.nearest_code(self.encoder(images))
 
     def condition(self, codes: Tensor) -> Tensor:
-        """The causal decoder in one pass: int64 [B, n], any n <= N -> z' [B, n, decoder_width]."""
-        self._check_codes(codes)
+        """Tokens int64 [B, n], n <= N -> z' [B, n, decoder_width]."""
+        check_numbers("codes", codes, 2, self.config.codebook_size, self.config.num_tokens)
         return self.causal_decoder(self.quantize.lookup(codes))
 
-    def velocity(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """D_FM(x_t, t | a group of z') of eq. 2, float32 [B, 3, H, W]."""
-        return self.diffusion(x_t, t, condition)[0]
+    def velocity(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """D_FM(x_t, t, a group of z') of eq. 2, float32 [B, 3, H, W]."""
+        return self.diffusion(x_t, t, tokens)[0]
 
     @torch.no_grad()
-    def denoise(self, code_groups: Iterable[Tensor], noise: Tensor, num_steps=None, solver: str = "ab2") -> Iterator:
-        """The sampler behind decode, previews and stream: takes each denoising step as soon as its group is there.
-        code_groups yields K (or fewer) groups of codes, int64 [B, N/K]; noise is x0 [B, 3, H, W]. After each group it
-        yields (x_t, previews): where the flow then stands (in the end, the decoded image), and a list of the jump
-        estimates of the steps taken with that group (one, if S = K); all over data_scale, float32 [B, 3, H, W]."""
-        c, dtype = self.config, self.quant_out.weight.dtype
-        self._check_size(noise, "noise", c.diffusion_patch)
+    def denoise(
+        self, code_groups: Iterable[Tensor], noise: Tensor, num_steps: int | None = None, solver: str = "ab2"
+    ) -> Iterator[StreamStep]:
+        """The sampler: takes each step of the flow as soon as the group of tokens is there that it needs.
+        code_groups: up to K groups, int64 [B, N/K], in order; noise: x0 [B, 3, H, W]. Yields a StreamStep for each."""
+        c = self.config
+        check_pixels(noise, "noise", c.diffusion_patch)
         num_steps = (c.num_steps or c.num_groups) if num_steps is None else num_steps
         schedule = sampling_schedule(num_steps, c.num_groups, c.time_shift, c.group_rule)
-        heads = c.decoder_width // HEAD_DIM
-        caches = [KVCache(len(noise), heads, c.num_tokens, noise.device, dtype) for _ in self.decoder_layers]
-        x, v_prev = noise.float(), None
+        x, v_prev, previews, seen = noise.float(), None, (), None
         for k, codes in enumerate(code_groups):
-            if len(codes) != len(noise):
-                raise ValueError(f"noise for {len(noise)} pictures, codes for {len(codes)}")
-            condition = self.causal_decoder(self.quantize.lookup(codes), caches)
-            previews = []
+            require(len(codes) == len(noise), f"noise for {len(noise)} pictures, codes for {len(codes)}")
+            seen = codes if seen is None else torch.cat((seen, codes), 1)
+            tokens = self.causal_decoder(self.quantize.lookup(seen))[:, -c.group_size :]  # z' of group k
             for t, t_next, group in schedule:
                 if group == k:
-                    v = self.velocity(x, x.new_full((1,), t), condition)
-                    previews.append(jump_estimate(x, v, t) / c.data_scale)
-                    x, v_prev = solver_step(x, v, v_prev, t_next - t, solver), v
-            yield x / c.data_scale, previews
+                    v = self.velocity(x, x.new_full((1,), t), tokens)
+                    previews += (jump_estimate(x, v, t) / c.data_scale,)
+                    x = solver_step(x, v, v_prev, t_next - t, solver)
+                    v_prev = v
+            yield StreamStep(seen, x / c.data_scale, previews)
 
-    @torch.no_grad()
     def decode(self, codes: Tensor, noise: Tensor | None = None, num_steps=None, solver: str = "ab2") -> Tensor:
-        """Codes int64 [B, n] -> images, float32 [B, 3, H, W], about [-1, 1] and not clamped.
-        noise is x0 [B, 3, H, W] and sets the size; drawn at config.image_size if None. num_steps S: config's if None.
-        Fewer than N codes, whole groups, give the partial decoding of section 5.1: the last preview that they allow.
-        (Table 5 was probably made with the authors' variant, whose last jump has ab2's weights; ours has Euler's.)
-        Raises ValueError if n is no multiple of N/K or a code or size does not fit."""
-        preview = None  # never stays None: step 0 uses group 0
-        for x, previews in self._denoise_codes(codes, noise, num_steps, solver):  # noqa: B007
-            preview = previews[-1] if previews else preview
-        return x if codes.shape[1] == self.config.num_tokens else preview
+        """Tokens int64 [B, n] -> images, float32 [B, 3, H, W], about [-1, 1] and not clamped.
+        noise: x0 [B, 3, H, W], which sets the size; drawn at config.image_size if None. num_steps: S.
+        n < N tokens, in whole groups, give the last preview that they allow (section 5.1, Table 5). Raises ValueError
+        if n is no multiple of N/K, or if a code or a size does not fit."""
+        last = self._denoise_codes(codes, noise, num_steps, solver)
+        return last.x if codes.shape[1] == self.config.num_tokens else last.preview
 
-    @torch.no_grad()
     def previews(self, codes: Tensor, noise: Tensor | None = None, num_steps=None, solver: str = "ab2") -> Tensor:
-        """What decode() shows on its way (Fig. 5): a jump estimate for each step, in order, [steps, B, 3, H, W]."""
-        rounds = self._denoise_codes(codes, noise, num_steps, solver)
-        return torch.stack([preview for _, previews in rounds for preview in previews])
+        """What decode() can show on its way (Fig. 5): a jump estimate for each step, in order, [steps, B, 3, H, W]."""
+        return torch.stack(self._denoise_codes(codes, noise, num_steps, solver).previews)
 
-    def _denoise_codes(self, codes: Tensor, noise: Tensor | None, num_steps: int | None, solver: str) -> Iterator:
+    def _denoise_codes(self, codes: Tensor, noise: Tensor | None, num_steps: int | None, solver: str) -> StreamStep:
         c = self.config
-        self._check_codes(codes)
-        if codes.shape[1] == 0 or codes.shape[1] % c.group_size:
-            raise ValueError(f"{codes.shape[1]} codes: decoding takes whole groups of {c.group_size}")
+        check_numbers("codes", codes, 2, c.codebook_size, c.num_tokens)
+        whole = codes.numel() and codes.shape[1] % c.group_size == 0
+        require(whole, f"codes {list(codes.shape)}: decoding takes whole groups of {c.group_size}, at least one")
         if noise is None:
             noise = torch.randn(len(codes), 3, c.image_size, c.image_size, device=codes.device)
-        return self.denoise(codes.split(c.group_size, 1), noise, num_steps, solver)
+        *_, last = self.denoise(codes.split(c.group_size, 1), noise, num_steps, solver)
+        return last
 
-    def _check_size(self, images: Tensor, what: str, patch: int) -> None:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"{what} of shape {list(images.shape)}: expected [B, 3, H, W]")
-        height, width = images.shape[2:]
-        if height % patch or width % patch or not height * width:
-            raise ValueError(f"{what} of {width}x{height} pixels: expected multiples of the patch size {patch}")
 
-    def _check_codes(self, codes: Tensor) -> None:
-        c = self.config
-        if codes.ndim != 2 or codes.shape[1] > c.num_tokens or codes.dtype != torch.int64:
-            found = f"{codes.dtype} {list(codes.shape)}"
-            raise ValueError(f"codes: {found}, expected torch.int64 [B, n] with n <= {c.num_tokens}")
-        _check_range("codes", codes, c.codebook_size)
+def tokenizer_loss(
+    out: dict[str, Tensor], images: Tensor, lpips=None, lpips_weight=0.5, repa_target=None, repa_weight=0.5
+) -> dict[str, Tensor]:
+    """Eq. 7, the loss of the tokenizer, as its terms, each with its weight. The loss is their sum:
+
+        l = l_fm + (l_vq + 0.25 l_commit) + 0.5 l_LPIPS + 0.5 l_repa
+
+    l_fm alone asks for the mean velocity, and few steps along it give blurred pictures. l_LPIPS asks that the jump
+    estimate looks like the image. l_repa is 1 - cosine between the REPA head's output and DINOv2's features: it makes
+    the decoder learn sooner what is in the picture. The authors add no adversarial loss.
+
+    out: what the tokenizer returned for images [B, 3, H, W] in [-1, 1]. lpips: (images, images) -> their distances.
+    repa_target: DINOv2's features of the images, [B, g·g, 768]. A term whose network is None is left out."""
+    terms = {name: out[name] for name in ("fm", "vq", "commit")}
+    times = len(out["pred_image"]) // len(images)  # R
+    if lpips is not None:
+        distance = lpips(out["pred_image"], images.repeat_interleave(times, 0))
+        terms["lpips"] = lpips_weight * distance.mean()
+    if repa_target is not None:
+        cosine = F.cosine_similarity(out["repa"].float(), repa_target.float().repeat_interleave(times, 0), dim=-1)
+        terms["repa"] = repa_weight * (1 - cosine.mean())
+    return terms
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Llama
-# An unmodified decoder-only transformer (section 3.2): RMSNorm, SwiGLU, 1D RoPE, the class as a prefix token. Nothing
-# in it knows about images; that is the point of D-AR.
+#
+# A decoder-only transformer as it is used for text: RMSNorm, SwiGLU, RoPE along the sequence. It learns the probability
+# of an image's tokens, each given its class y and the tokens before it:
+#
+#     p(z | y) = p(z_1 | y) p(z_2 | y, z_1) ... p(z_N | y, z_1, ..., z_{N-1})                 eq. 6
+#
+# Nothing in it knows about images. That is the point of D-AR: the order of the tokens is already right.
+#
+#     place      0         1         2               N
+#     input      class y   z_1       z_2       ...   z_N
+#     output     z_1       z_2       z_3       ...             what is predicted at this place
 
 
 @dataclasses.dataclass(frozen=True)
 class ARConfig:
-    """All that shapes a Llama; heads are 64 wide. Raises ValueError, naming the value, on what cannot be built."""
+    """All that shapes a Llama. Raises ValueError, naming the value, on what cannot be built."""
 
     width: int = 768
     layers: int = 12
-    vocab_size: int = 16384  # the tokenizer's codebook_size
-    num_classes: int = 1000  # class num_classes, one more row of the table, means unconditional
-    num_tokens: int = 256  # N, how many tokens a picture has
-    dropout: float = 0.1  # on embeddings, attention outputs and MLP outputs, when training
+    vocab_size: int = 16384  # V, the tokenizer's codebook_size
+    num_classes: int = 1000  # class number num_classes, one more, means "no class"
+    num_tokens: int = 256  # N
+    dropout: float = 0.1  # on embeddings, attention outputs and MLP outputs, in training
 
     def __post_init__(self):
-        _check_fields(self, may_be_zero=("layers", "dropout"))
-
-
-AR_PRESETS = {
-    "B": ARConfig(768, 12),  # 111M
-    "L": ARConfig(1024, 24),  # 343M, D-AR-L
-    "XL": ARConfig(1280, 36),  # 775M, D-AR-XL: 2.09 FID in Table 3
-    "tiny": ARConfig(192, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # for the "tiny" tokenizer
-    "cifar10": ARConfig(256, 5, vocab_size=1024, num_classes=10, num_tokens=64),  # of the shipped model
-}
+        check_fields(self, may_be_zero=("dropout", "layers"))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, eps 1e-5, the quotient in float32."""
+    """x / rms(x) · weight, where rms(x) = sqrt(mean(x²) + 1e-5); the quotient in float32."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -735,28 +730,44 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * self.weight
 
 
+class KVCache:
+    """The keys and values that one attention layer has computed, float [B, heads, length, 64] each. A token attends to
+    the tokens before it, whose keys and values never change; so they are kept, and each token is run only once."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+
+    def put(self, k: Tensor, v: Tensor, place: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Writes k, v [B, heads, n, 64] to the places int64 [n], and returns what is kept at the first `length` places.
+        What was not written yet is hidden by the mask."""
+        self.k.index_copy_(2, place, k.to(self.k.dtype))
+        self.v.index_copy_(2, place, v.to(self.v.dtype))
+        return self.k[:, :, :length], self.v[:, :, :length]
+
+
 class LlamaAttention(nn.Module):
-    """Causal multi-head attention with one fused projection (rows: queries, keys, values) and RoPE. A cache is extended
-    by x or, given a place and a mask as wide as what is read of it, takes the one token of x there (NextToken)."""
+    """Multi-head attention with one projection for queries, keys and values (rows in this order) and RoPE."""
 
     def __init__(self, width: int):
         super().__init__()
         self.wqkv, self.wo = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None, place=None, mask=None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor, cache: KVCache | None = None, place=None) -> Tensor:
+        """x [B, n, C], rope [n, 32, 2], mask bool [n, m] -> [B, n, C]. Without a cache m = n, and x attends to itself.
+        With one, x stands at the places int64 [n] and attends to the m places that the mask speaks of."""
         qkv = self.wqkv(x).unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # [3, B, heads, n, 64]
         (q, k), v = rotate(qkv[:2], rope), qkv[2]
         if cache is not None:
-            k, v = cache.extend(k, v) if place is None else cache.put(k, v, place, mask.shape[-1])
-        return self.wo(attend(q, k, v, mask, causal=mask is None).transpose(1, 2).flatten(2))
+            k, v = cache.put(k, v, place, mask.shape[1])
+        return self.wo(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x); hidden width 8/3 C, rounded down and then up to a multiple of 256."""
+    """w2(silu(w1 x) * w3 x), with a hidden width of 8/3 C, rounded up to a multiple of 256."""
 
     def __init__(self, width: int):
         super().__init__()
-        hidden = -(-(8 * width // 3) // 256) * 256
+        hidden = math.ceil((8 * width // 3) / 256) * 256
         self.w1, self.w3 = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
 
@@ -771,21 +782,20 @@ class LlamaBlock(nn.Module):
         self.attention_norm, self.ffn_norm = RMSNorm(width), RMSNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None, place=None, mask=None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache, place, mask))
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor, cache: KVCache | None = None, place=None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, cache, place))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
 class ARTransformer(nn.Module):
-    """p(z_i | class, z_1 ... z_{i-1}), eq. 6. `tokenizer` is set when the model was loaded with one."""
+    """p(z | y) of eq. 6. A loaded model may carry the `tokenizer` of its tokens, and `class_names`."""
 
     def __init__(self, config: ARConfig):
         super().__init__()
-        self.config, self.recompute = config, False
-        self.compiled, self.replays, self.recorded = False, False, {}  # compile_for_sampling; a NextToken for reuse
+        self.config = config
         self.attach_tokenizer(None)
         self.class_names: list[str] | None = None
-        self.cls_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row: unconditional
+        self.cls_embedding = nn.Embedding(config.num_classes + 1, config.width)  # the last row is "no class"
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(LlamaBlock(config.width, config.dropout) for _ in range(config.layers))
@@ -794,97 +804,139 @@ class ARTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.output.weight)  # zero-initialised: the first loss is log V
-
-    def check_tokenizer(self, tokenizer: SequentialDiffusionTokenizer) -> None:
-        """Raises ValueError, naming both values, if a tokenizer's codes are not those that this model writes."""
-        mine, its = self.config, tokenizer.config
-        for what, a, b in (("codes", mine.vocab_size, its.codebook_size), ("tokens", mine.num_tokens, its.num_tokens)):
-            if a != b:
-                raise ValueError(f"the model has {a} {what}, the tokenizer {b}: they do not belong together")
+        nn.init.zeros_(self.output.weight)  # zero-initialised: all tokens start equally likely, and the loss at log V
 
     def attach_tokenizer(self, tokenizer: SequentialDiffusionTokenizer | None) -> None:
-        """Sets `tokenizer`, which turns this model's codes into pictures. Raises ValueError if the two do not fit."""
+        """Sets `tokenizer`. Raises ValueError, naming both values, if this model does not write its tokens."""
         if tokenizer is not None:
-            self.check_tokenizer(tokenizer)
-        object.__setattr__(self, "tokenizer", tokenizer)  # a companion, not a part: its weights are not this module's
+            check_same_tokens(self.config, tokenizer.config)
+        object.__setattr__(self, "tokenizer", tokenizer)  # not a part of this module: its weights are its own
 
-    def embed(self, labels: Tensor | None, codes: Tensor) -> Tensor:
-        """Class embedding [B, 1, C] of int64 labels [B], if any; then token embeddings [B, n, C] of codes [B, n]."""
-        tokens = self.tok_embeddings(codes)
-        return tokens if labels is None else torch.cat((self.cls_embedding(labels)[:, None], tokens), 1)
+    def embed(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Tokens int64 [B, n] -> embeddings [B, n, C]; with labels int64 [B], the class comes first: [B, 1 + n, C]."""
+        x = self.tok_embeddings(codes)
+        return x if labels is None else torch.cat((self.cls_embedding(labels)[:, None], x), 1)
 
-    def run(self, x: Tensor, caches: list[KVCache] | None = None, place=None, mask=None) -> Tensor:
-        """Embeddings [B, n, C] -> hidden states [B, n, C]; with caches, they follow the positions that these hold, or,
-        with place (int64 [1]) and mask (bool [1, m], true up to it), the one embedding's keys and values go there."""
-        start = caches[0].filled if caches else 0
-        rope = rope_1d(self.config.num_tokens + 1, x.device)
-        rope = rope[start : start + x.shape[1]] if place is None else rope[place]
-        cached = dict(caches=caches, place=place, mask=mask)
-        return self.norm(run_blocks(self.layers, self.dropout(x), self.recompute, rope, **cached))
+    def run(self, x: Tensor, place: Tensor, length: int, caches: list[KVCache] | None = None) -> Tensor:
+        """Embeddings [B, n, C], which stand at the places int64 [n], -> hidden states [B, n, C]. They attend to one
+        another and to what the layers' caches keep of the first `length` places, later ones excepted."""
+        rope, mask = rope_1d(place), causal_mask(place, length)
+        x = self.dropout(x)
+        for i, block in enumerate(self.layers):
+            x = block(x, rope, mask, caches[i] if caches else None, place)
+        return self.norm(x)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """codes int64 [B, n], n <= N, labels int64 [B] -> logits, float32 [B, n+1, V]; those at i predict token i."""
-        return self.output(self.run(self.embed(labels, codes))).float()
+        """Tokens int64 [B, n], n <= N, classes int64 [B] -> logits float32 [B, n+1, V]; those at i predict token i."""
+        x = self.embed(codes, labels)
+        place = torch.arange(x.shape[1], device=x.device)
+        return self.output(self.run(x, place, x.shape[1])).float()
+
+    def next_logits(self, x: Tensor, place: Tensor, length: int, caches: list[KVCache]) -> Tensor:
+        """Generation's step: embeddings [B, n, C] at the places int64 [n] -> logits float32 [B, V] of what comes after
+        the last. The caches hold the places before, and take these. n is 1, or more for a class and a prefix."""
+        return self.output(self.run(x, place, length, caches)[:, -1]).float()
+
+    def new_caches(self, batch: int, length: int) -> list[KVCache]:
+        """An empty cache for each layer. Zeros, since hidden places have weight 0, and 0 · inf would be no number."""
+        heads, weight = self.config.width // HEAD_DIM, self.output.weight
+        like = dict(device=weight.device, dtype=weight.dtype)
+        return [KVCache(*torch.zeros(2, batch, heads, length, HEAD_DIM, **like)) for _ in self.layers]
 
     def generate(
-        self, labels: Tensor, num_tokens=None, cfg=(1.1, 8.0), seeds=None, greedy=False, prefix=None, **filters
+        self, labels: Tensor, num_tokens: int | None = None, cfg=(1.1, 8.0), seeds=None, greedy=False, **more
     ) -> Tensor:
-        """Draws pictures' codes, int64 [B, N], for labels int64 [B] (num_classes = unconditional); call eval() first.
-        cfg: guidance, a number, a (start, end) pair that it runs between, or None for none (guidance_schedule). seeds:
-        one for each picture, or an int s that means s, s+1, ...; None draws fresh ones. greedy takes the most likely
-        token instead. temperature, top_k (0: off) and top_p (1: off) act on the guided logits in this order. prefix:
-        tokens int64 [n] or [B, n] kept as given (section 5.1, zero-shot control). num_tokens: config's N if None.
-        Raises ValueError for a value out of range."""
-        return torch.cat([*generate_groups(self, labels, num_tokens, None, cfg, seeds, greedy, prefix, **filters)], 1)
+        """Draws tokens int64 [B, num_tokens] (default: N) for classes int64 [B]; call eval() first. The arguments, of
+        which there are more (prefix, temperature, top_k, top_p), and the errors are those of generate_groups."""
+        size = num_tokens or self.config.num_tokens
+        return torch.cat(list(generate_groups(self, labels, size, num_tokens, cfg, seeds, greedy, **more)), 1)
+
+
+def ar_loss(model: nn.Module, codes: Tensor, labels: Tensor, dropped=None, num_classes: int | None = None) -> Tensor:
+    """Eq. 6 as a loss: -log p(z | y) / N, a mean over the images; nats per token, scalar.
+    codes: int64 [B, N], labels: int64 [B]. The model reads the class and all tokens but the last, and predicts all.
+    dropped: bool [B], where true "no class", number num_classes, is read instead. The recipe drops 10% of the
+    classes at random, since guidance (chapter 7) needs a model that can also do without one."""
+    if dropped is not None:
+        labels = labels.masked_fill(dropped, num_classes)
+    logits = model(codes[:, :-1], labels)  # [B, N, V]
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Generation
-# Tokens are drawn left to right with a KV cache. All randomness of a picture comes from its own seed, so a picture does
-# not depend on the batch it was drawn in, or on how many processes shared the work.
-
-NOISE_BLOCK = 32  # tokens whose random numbers are drawn at once
+#
+# Tokens are drawn from left to right, each from the distribution that the Llama gives it. Guidance makes pictures look
+# more like their class, at the price of variety. The model is asked twice, with the class (logits c) and without
+# (logits u), and the difference is exaggerated:
+#
+#     u + scale (c - u)                  scale 1: as it is; above 1: more of what the class changes
+#
+# In the paper the scale rises from the first token to the last. The first tokens decide the layout, where strong
+# guidance would make all pictures alike; the last ones decide details, where it makes them clean.
+#
+# All randomness of a picture comes from its own seed. So a picture does not depend on the batch that it is drawn in, or
+# on how many processes share the work.
 
 
 def guidance_schedule(cfg: float | tuple[float, float] | None, num_tokens: int) -> list[float] | None:
-    """Guidance of each token (Table 4): constant, or linear from start at the first to end at the last token. None
-    where there is nothing to guide: cfg None, or 1 throughout. Raises ValueError if cfg is neither form."""
-    start, end = cfg if isinstance(cfg, tuple | list) and len(cfg) == 2 else (1.0 if cfg is None else cfg,) * 2
-    for value in (start, end):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"guidance {cfg!r}: expected a number, a pair of numbers, or None")
+    """The guidance scale of each token (Table 4): constant for a number, linear from the first to the last token for a
+    pair (start, end). None if there is no guidance: cfg is None, or 1 throughout. Raises ValueError on another cfg."""
+    start, end = cfg if isinstance(cfg, tuple | list) and len(cfg) == 2 else (cfg, cfg)
+    if start is None and end is None:
+        return None
+    fits = is_number(start) and is_number(end)
+    require(fits, f"guidance {cfg!r}: expected a number, a pair of numbers, or None")
     if start == end == 1:
         return None
     return [start + (end - start) * i / max(num_tokens - 1, 1) for i in range(num_tokens)]
 
 
 def resolve_seeds(seeds: int | list[int] | None, count: int) -> list[int]:
-    """One seed each: an int s means s, s+1, ...; None draws fresh ones. Raises ValueError outside 0 ... 2**31 - 1."""
+    """One seed for each of count pictures: an int s means s, s+1, ...; None draws fresh ones. Raises ValueError for
+    another number of seeds, or one outside 0 ... 2**31 - 1."""
     if seeds is None:
         return torch.randint(2**31, (count,)).tolist()
-    seeds = list(range(seeds, seeds + count)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-    if len(seeds) != count:
-        raise ValueError(f"{len(seeds)} seeds for {count} pictures: expected one each")
+    seeds = [int(seed) for seed in seeds] if hasattr(seeds, "__len__") else [int(seeds) + i for i in range(count)]
+    require(len(seeds) == count, f"{len(seeds)} seeds for {count} pictures: expected one each")
     for seed in seeds:
-        if not 0 <= seed < 2**31:
-            raise ValueError(f"seed {seed}: expected 0 ... {2**31 - 1}")
+        require(0 <= seed < 2**31, f"seed {seed}: expected 0 ... {2**31 - 1}")
     return seeds
 
 
 def picture_generators(seeds: list[int], purpose: int, device: torch.device) -> list[torch.Generator]:
-    """Each picture's generators: purpose 0 for its noise x0, 1 for its tokens, so that neither shifts the other."""
+    """Each picture's random numbers: purpose 0 for its noise x0, 1 for its tokens, so that neither moves the other."""
     return [torch.Generator(device).manual_seed(2 * seed + purpose) for seed in seeds]
 
 
 def initial_noise(seeds: list[int], size: int, device: torch.device) -> Tensor:
-    """x0 of eq. 4, each picture's from its own seed: float32 [B, 3, size, size]."""
+    """x0 of eq. 3, each picture's from its own seed: float32 [B, 3, size, size]."""
     generators = picture_generators(seeds, 0, device)
     return torch.stack([torch.randn(3, size, size, device=device, generator=g) for g in generators])
 
 
+def gumbel_noise(seeds: list[int], vocab_size: int, device: torch.device) -> Iterator[Tensor]:
+    """The noise that draws a token, float32 [B, V], for one token after another, each picture's from its own seed.
+
+    Adding it to logits and taking the largest draws from softmax(logits): this is Gumbel noise, and -log of an
+    exponentially distributed number is a Gumbel number. It is drawn for 32 tokens at a time."""
+    generators = picture_generators(seeds, 1, device)
+    exponential = torch.empty(len(seeds), 32, vocab_size, device=device)
+    while True:
+        for picture, generator in zip(exponential, generators):
+            picture.exponential_(generator=generator)
+        yield from -exponential.clamp_min(1e-38).log().transpose(0, 1)  # some devices draw exact zeros
+
+
+def guide(logits: Tensor, scale: float) -> Tensor:
+    """logits [2 B, V], the pictures with their class and then the same without -> guided logits [B, V]."""
+    with_class, without = logits.chunk(2)
+    return without + scale * (with_class - without)
+
+
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """logits [B, V] / temperature, then -inf outside the top_k largest, then outside the smallest set of mass top_p."""
+    """logits [B, V] / temperature; then -inf for all but the top_k likeliest tokens (0: all stay); then -inf for all
+    but the likeliest tokens that together reach the probability top_p (1: all stay)."""
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k).values[:, -1:]
@@ -892,296 +944,202 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     if top_p < 1:
         ordered = logits.sort(descending=True).values
         probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability  # mass of the likelier ones: 0 for the first, which always stays
-        smallest = ordered.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
+        likelier = probability.cumsum(-1) - probability  # what the tokens before have together; 0 for the first
+        stays = likelier < top_p
+        smallest = ordered.masked_fill(~stays, math.inf).amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < smallest, -math.inf)
     return logits
 
 
-class NextToken:
-    """The network's part of generation: `first` reads class and prefix at once, `after` one token. There, place and
-    mask are tensors, not Python's numbers, and shapes stay the same for 32 tokens, so that a GPU can replay one
-    recording for all of them (Replayed, chapter 10)."""
-
-    def __init__(self, ar, batch: int, guided: bool, count: int, filters: dict):
-        c, weight = ar.config, ar.output.weight
-        self.ar, self.guided, self.filters = ar, guided, filters
-        # Both halves of guidance run in one batch: the pictures with their class, and once more without.
-        self.halves = 2 if guided else 1
-        sizes = self.halves * batch, c.width // HEAD_DIM, count, weight.device, weight.dtype
-        self.caches = [KVCache(*sizes) for _ in range(c.layers)]
-
-    @torch.compiler.set_stance("force_eager")  # once a picture, and each length of prefix would be compiled anew
-    def first(self, labels: Tensor, prefix: Tensor, scale: Tensor, gumbel: Tensor) -> Tensor:
-        """The tokens [B, 1] after the class labels [B] and a prefix [B, n], which fill the caches."""
-        for cache in self.caches:
-            cache.clear()
-        if self.guided:
-            labels = torch.cat((labels, torch.full_like(labels, self.ar.config.num_classes)))
-        x = self.ar.embed(labels, prefix.repeat(self.halves, 1))
-        return self.choose(self.ar.run(x, self.caches), scale, gumbel)
-
-    def after(self, codes: Tensor, place: Tensor, mask: Tensor, scale: Tensor, gumbel: Tensor) -> Tensor:
-        """The tokens [B, 1] after codes [B, 1], which stand at `place` of the caches; the mask is true up to there."""
-        x = self.ar.embed(None, codes.repeat(self.halves, 1))
-        fixed = (place, mask) if self.ar.compiled else ()  # else the caches themselves know, and read no further
-        return self.choose(self.ar.run(x, self.caches, *fixed), scale, gumbel)
-
-    def choose(self, hidden: Tensor, scale: Tensor, gumbel: Tensor) -> Tensor:
-        """Hidden states [halves · B, n, C] -> argmax of guided (scale [1]) and filtered logits + gumbel [B, V]."""
-        logits = self.ar.output(hidden[:, -1]).float()
-        if self.guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + scale * (conditional - unconditional)
-        return (filter_logits(logits, **self.filters) + gumbel).argmax(-1, keepdim=True)
-
-
 @torch.no_grad()
 def generate_groups(
-    ar, labels, num_tokens=None, group_size=None, cfg=(1.1, 8.0), seeds=None, greedy=False, prefix=None, **filters
+    ar, labels, group_size, num_tokens=None, cfg=(1.1, 8.0), seeds=None, greedy=False, prefix=None, **filters
 ) -> Iterator[Tensor]:
-    """ARTransformer.generate, yielding each group_size tokens, int64 [B, group_size], as soon as they are drawn.
-    A token is argmax(logits + Gumbel noise), which draws from softmax(logits). filters: temperature, top_k, top_p."""
-    c, device, batch = ar.config, labels.device, len(labels)
-    count = c.num_tokens if num_tokens is None else num_tokens
-    prefix = _check_generation(ar, labels, count, prefix, **filters)
-    scale = guidance_schedule(cfg, count)
-    given = prefix.shape[1]
-    generators = [] if greedy else picture_generators(resolve_seeds(seeds, batch), 1, device)
-    codes = torch.empty(batch, count, dtype=torch.int64, device=device)
-    codes[:, :given] = prefix
-    places, scales = torch.arange(count, device=device), torch.tensor(scale or [1.0], device=device).expand(count)
+    """Draws num_tokens (default: N) tokens for classes int64 [B], and yields int64 [B, group_size] whenever so many are
+    drawn. cfg: see guidance_schedule. seeds: see resolve_seeds. greedy: take the likeliest token. prefix: tokens int64
+    [n] or [B, n] that are kept as they are (section 5.1, zero-shot control). filters: temperature, top_k, top_p.
+    Raises ValueError, naming it, for a value that is out of range."""
+    count = ar.config.num_tokens if num_tokens is None else num_tokens
+    prefix = check_generation(ar.config, labels, count, prefix, **filters)  # [B, n]
+    scales = guidance_schedule(cfg, count)
+    copies = 1 if scales is None else 2  # of each picture in the batch: with its class, and for guidance without
+    classes = torch.cat((labels, torch.full_like(labels, ar.config.num_classes)))[: copies * len(labels)]
+    if greedy:
+        noise, filters = itertools.repeat(0.0), {}  # the likeliest token is the likeliest after any filter
+    else:
+        noise = gumbel_noise(resolve_seeds(seeds, len(labels)), ar.config.vocab_size, labels.device)
 
-    settings = batch, scale is not None, count, {} if greedy else filters
-    made = ar.recorded.pop(str(settings), None)  # taken out, so that a generator that runs meanwhile makes its own
-    if made is None:
-        ar.recorded.clear()  # memory for one is enough
-        step = NextToken(ar, *settings)
-        made = step, Replayed(step.after) if ar.replays else step.after
-    step, after = made
-    try:
-        for i in range(count):
-            if i % NOISE_BLOCK == 0:  # drawn under a prefix too: the noise of token i is always the same
-                noise = torch.ones(batch, NOISE_BLOCK, c.vocab_size, device=device)
-                for mine, generator in zip(noise, generators):
-                    mine.exponential_(generator=generator)
-                gumbel = -noise.log().transpose(0, 1)  # [32, B, V]; 0 if greedy
-                end = min(i + NOISE_BLOCK, count)  # how far the caches are read: one shape, and one recording, a block
-            if i == given:
-                codes[:, i : i + 1] = step.first(labels, prefix, scales[i : i + 1], gumbel[i % NOISE_BLOCK])
-            elif i > given:
-                at = places[i : i + 1], places[None, :end] <= i
-                codes[:, i : i + 1] = after(codes[:, i - 1 : i], *at, scales[i : i + 1], gumbel[i % NOISE_BLOCK])
-            if (i + 1) % (group_size or count) == 0 or i + 1 == count:
-                yield codes[:, i - i % (group_size or count) : i + 1]
-    finally:
-        if ar.replays:
-            ar.recorded[str(settings)] = made
-
-
-def _check_generation(ar, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
-    """Raises ValueError for a setting out of range; returns the prefix as int64 [B, n], n = 0 without one."""
-    c = ar.config
-    if not 1 <= count <= c.num_tokens:
-        raise ValueError(f"num_tokens = {count}: the model draws 1 ... {c.num_tokens}")
-    if labels.ndim != 1 or labels.dtype != torch.int64:
-        raise ValueError(f"labels: {labels.dtype} {list(labels.shape)}, expected torch.int64 [B]")
-    _check_range("class labels", labels, c.num_classes + 1)
-    if not (temperature > 0 and top_k >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected > 0, >= 0, and in (0, 1]")
-    if prefix is None:
-        return labels.new_empty(len(labels), 0)
-    fits = prefix.ndim == 1 or prefix.ndim == 2 and len(prefix) in (1, len(labels))
-    if not fits or prefix.dtype != torch.int64 or prefix.shape[-1] > count:
-        wanted = f"torch.int64 [n] or [B, n] with B = {len(labels)}, n <= {count}"
-        raise ValueError(f"prefix: {prefix.dtype} {list(prefix.shape)}, expected {wanted}")
-    _check_range("prefix tokens", prefix, c.vocab_size)
-    return prefix.to(labels.device).expand(len(labels), -1)
+    codes = prefix
+    caches = ar.new_caches(len(classes), count)
+    x = ar.embed(codes.repeat(copies, 1), classes)  # [copies · B, 1 + n, C]: class and prefix are read at once
+    place = torch.arange(x.shape[1], device=labels.device)
+    for i, gumbel in zip(range(count), noise):  # noise i belongs to token i, also when token i is given
+        if i >= prefix.shape[1]:
+            length = min(64 * (i // 64 + 1), count)  # how far the caches are read: all places so far, in steps of 64
+            logits = ar.next_logits(x, place, length, caches)  # [copies · B, V]
+            if scales is not None:
+                logits = guide(logits, scales[i])
+            code = (filter_logits(logits, **filters) + gumbel).argmax(-1, keepdim=True)  # [B, 1]
+            codes = torch.cat((codes, code), 1)
+            x, place = ar.embed(code.repeat(copies, 1)), place[-1:] + 1  # what is read next: this one token
+        if (i + 1) % group_size == 0 or i + 1 == count:
+            yield codes[:, i - i % group_size : i + 1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Streaming
-# Fig. 1 in one function: while the Llama writes, each finished group of tokens takes the picture one denoising step on,
-# and the velocity of that step gives a preview for nothing.
-
-
-class StreamStep(typing.NamedTuple):
-    """What stream() yields after each group."""
-
-    codes: Tensor  # int64 [B, n], the tokens so far
-    x: Tensor  # x_t / data_scale, float32 [B, 3, H, W]; after the last group the picture, not clamped
-    preview: Tensor  # the newest jump estimate, float32 [B, 3, H, W]
+#
+# Fig. 1: while the Llama writes, each finished group of tokens takes the picture one step on, and the velocity of that
+# step gives a preview for nothing.
+#
+# Another picture's layout for a class of one's own (Fig. 6) is three lines, since the first tokens carry the layout:
+#
+#     prefix = tokenizer.encode(image)[:, :32]             # [1, 32]
+#     for step in stream(ar, tokenizer, labels=torch.tensor([207]), prefix=prefix):
+#         show(step.preview)
+#
+# An eighth to a half of the tokens is worth trying. The fewer are kept, the more is left to the class; each further
+# group keeps more of the other picture, from its colours and places down to its details.
 
 
 def stream(
     ar, tokenizer, labels: Tensor, cfg=(1.1, 8.0), seeds=None, noise=None, num_steps=None, solver="ab2", **sampling
 ) -> Iterator[StreamStep]:
     """Section 3.3: yields a StreamStep after each group of N/K tokens; the last one's x is the finished picture.
-    labels, cfg, seeds and sampling (greedy, temperature, top_k, top_p, prefix) are those of ARTransformer.generate,
-    num_steps and solver those of the tokenizer's decode. noise: x0, each picture's own if None.
-    The same codes and noise given to decode() end in the same picture: both are tokenizer.denoise."""
-    ar.check_tokenizer(tokenizer)
+    labels, cfg, seeds and sampling (greedy, prefix, temperature, top_k, top_p) are those of generate_groups, num_steps
+    and solver those of the tokenizer's decode. noise: x0; each picture's own, from its seed, if None.
+    The same tokens and noise given to decode() end in the same picture, since both are tokenizer.denoise."""
+    check_same_tokens(ar.config, tokenizer.config)
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
         noise = initial_noise(seeds, tokenizer.config.image_size, labels.device)
-    groups = generate_groups(ar, labels, None, tokenizer.config.group_size, cfg, seeds, **sampling)
-    groups, drawn = itertools.tee(groups)
-    codes, preview = labels.new_empty(len(labels), 0), None
-    for (x, previews), group in zip(tokenizer.denoise(groups, noise, num_steps, solver), drawn):
-        codes = torch.cat((codes, group), 1)
-        preview = previews[-1] if previews else preview  # the first round brings one: step 0 uses group 0
-        yield StreamStep(codes, x, preview)
+    groups = generate_groups(ar, labels, tokenizer.config.group_size, cfg=cfg, seeds=seeds, **sampling)
+    return tokenizer.denoise(groups, noise, num_steps, solver)
 
+
+# The lesson ends here.
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Checkpoints
-# Ours are one file of plain dicts and tensors: {"format", "kind", "config", "model", perhaps "ema", "class_names",
-# "tokenizer" (a whole tokenizer checkpoint inside a Llama's), "training" (what resuming needs)}. The authors' files are
-# recognised by what is in them and renamed key by key. Either way a file is data: nothing in it can run.
+#
+# Ours are one file of plain dicts and tensors: {"format", "kind", "config", "model"} and, where there are any, "ema"
+# (averaged weights, which loading prefers), "class_names", "tokenizer" (a tokenizer's checkpoint inside a Llama's) and
+# "training" (what resuming needs). The authors' files are told from ours by what is in them, and renamed key by key.
+# Either way a file is data: nothing in it can run.
 
 FORMAT = "dar-1"
 
 
 @contextlib.contextmanager
-def _about(path: str | Path) -> Iterator[None]:
-    """Puts the file's name before a ValueError's message, in one line whatever a damaged file brought into it."""
+def about(path: str | Path) -> Iterator[None]:
+    """Puts the file's name before an error's message, in one line whatever a damaged file brought into it."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         message = "".join(c if c.isprintable() else "?" for c in str(error))
-        raise ValueError(f"{path}: {message}") from None
-
-
-def _check_zip(path: Path) -> None:
-    """Checks what torch.load takes on trust: that the directory points to the right entries, that they are stored as
-    they are (a mapped tensor is read where it lies, compressed or not), that the pickle is the one that was written."""
-    with zipfile.ZipFile(path) as file:
-        for entry in file.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
-            with file.open(entry) as data:  # compares the name that stands there
-                if entry.filename.endswith("data.pkl"):
-                    data.read()  # compares its checksum
+        raise type(error)(f"{path}: {message}") from None
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A .pt file as a dict whose tensors are mapped, not read: what is never touched costs neither time nor memory.
-    Raises FileNotFoundError, or ValueError in one line: no torch zip file, damaged, or asking to run code."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-    with _about(path):
-        is_zip = False
-        with contextlib.suppress(zipfile.BadZipFile):  # so damaged that even the question fails
-            is_zip = path.is_file() and zipfile.is_zipfile(path)
-        if not is_zip:
-            hint = "an old one: load it with the torch that wrote it and torch.save it again; a download: repeat it"
-            raise ValueError(f"not a checkpoint in torch's zip format ({hint})")
-        inert = types.SimpleNamespace  # holds attributes and does nothing, in place of what released files mention
-        stand_ins = [(inert, "argparse.Namespace"), (inert, "config_util.Config")]
+    """A .pt file as a dict. Its tensors are mapped, not read: what is never used costs neither time nor memory.
+    Raises OSError if it cannot be opened, and ValueError in one line if it is damaged or asks to run code."""
+    open(path, "rb").close()
+    inert = types.SimpleNamespace  # holds attributes and does nothing; for classes that the released files name
+    stand_ins = torch.serialization.safe_globals([(inert, "argparse.Namespace"), (inert, "config_util.Config")])
+    with about(path), stand_ins, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on odd pickles: the error says what matters
         try:
-            _check_zip(path)
-            with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's remarks on odd pickles: the error says what matters
-                data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a damaged pickle can fail in any way there is
+            with zipfile.ZipFile(path) as file:  # what torch.load takes on trust
+                for entry in file.infolist():
+                    require(entry.compress_type == zipfile.ZIP_STORED, "tensors are read where they lie, uncompressed")
+                    with file.open(entry) as opened:  # compares the name that stands there, and the pickle's checksum
+                        opened.read(-1 if entry.filename.endswith("data.pkl") else 0)
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a damaged file can fail in any way there is
             found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
             if found and "weights_only" in str(error):
                 raise ValueError(f"refused: it holds {found[1]}, which could run code; only plain data loads") from None
-            reason = f"{type(error).__name__}: {error}"
-            inner = re.search(r"WeightsUnpickler error:\s*(.+)", reason)  # before it, torch advises weights_only=False
-            reason = (inner.group(1) if inner else reason.splitlines()[0])[:160]
-            raise ValueError(f"damaged or incomplete checkpoint ({reason}); copy or download it again") from None
-        if not isinstance(data, dict):
-            raise ValueError(f"holds a {type(data).__name__}, expected a checkpoint's dict")
+            hint = "copy or download it again; if an old torch wrote it, load it with that one and torch.save it anew"
+            raise ValueError(f"damaged, or no checkpoint in torch's zip format ({hint})") from None
+        require(isinstance(data, dict), f"holds a {type(data).__name__}, expected a checkpoint's dict")
     return data
 
 
-def save_checkpoint(path: str | Path, model: nn.Module, ema=None, training: dict | None = None, dtype=None) -> None:
-    """Writes a tokenizer or a Llama, with its tokenizer and class names if it has them, in the project's format.
-    ema: the averaged weights, which loading prefers. training: plain data for resuming. dtype: of weights, else kept.
-    The file appears whole or not at all, whatever happens meanwhile. Raises OSError if it cannot be written."""
-    data = _bundle(model, dtype)
-    if ema is not None:
-        data["ema"] = _weights(ema, dtype)
-    if training is not None:
-        data["training"] = training
-    write_atomically(path, lambda file: torch.save(data, file))
+def save_checkpoint(path, model: nn.Module, ema=None, training: dict | None = None, dtype=None, before=None) -> None:
+    """Writes a tokenizer, or a Llama with the tokenizer and class names that it has, in our format. ema: the model of
+    averaged weights. training: plain data for resuming. dtype: of the weights, as they are if None. before: see
+    write_atomically. Raises OSError if the file cannot be written."""
 
+    def weights(of: nn.Module) -> dict[str, Tensor]:
+        return {name: value.detach().to("cpu", dtype) for name, value in of.state_dict().items()}
 
-def _weights(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", dtype) for name, value in model.state_dict().items()}
+    def as_dict(of: nn.Module, kind: str) -> dict:
+        return {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(of.config), "model": weights(of)}
 
-
-def _bundle(model: nn.Module, dtype: torch.dtype | None) -> dict:
-    kind = "tokenizer" if isinstance(model, SequentialDiffusionTokenizer) else "ar"
-    data = {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(model.config)}
-    data["model"] = _weights(model, dtype)
-    if kind == "ar" and model.tokenizer is not None:
-        data["tokenizer"] = _bundle(model.tokenizer, dtype)
-    if kind == "ar" and model.class_names is not None:
+    data = as_dict(model, "ar" if isinstance(model, ARTransformer) else "tokenizer")
+    if getattr(model, "tokenizer", None) is not None:
+        data["tokenizer"] = as_dict(model.tokenizer, "tokenizer")
+    if getattr(model, "class_names", None) is not None:
         data["class_names"] = list(model.class_names)
-    return data
+    data |= {} if ema is None else {"ema": weights(ema)}
+    data |= {} if training is None else {"training": training}
+    write_atomically(path, lambda file: torch.save(data, file), before)
 
 
-def write_atomically(path: str | Path, write) -> None:
-    """Calls write(file) on a temporary neighbour, flushes it to the disk and renames it to path. Raises OSError."""
+def write_atomically(path: str | Path, write: Callable, before: Path | None = None) -> None:
+    """Calls write(file) on a neighbour, PATH.tmp, flushes it to the disk and renames it to path: the file appears whole
+    or not at all. The file that was there is renamed to `before`, if that is given. Raises OSError."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if before is not None and path.exists():
+            os.replace(path, before)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); nothing was replaced") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def load_tokenizer(path: str | Path, device="cpu", dtype=None, weights: str = "ema") -> SequentialDiffusionTokenizer:
-    """A tokenizer from our format or the authors' released layout, told apart by content; in eval mode.
-    dtype: of the weights, else the file's. weights: "ema" (the plain ones where a file has no others) or "model".
-    Released files bring the group rule "nearest" and their own data scale; a bare state dict has v1's. Raises
-    FileNotFoundError, or ValueError naming the file and every key that is missing, unexpected or of a wrong shape."""
-    data = read_checkpoint(path)
-    with _about(path):
-        return _build_tokenizer(data, device, dtype, weights)
+def load_tokenizer(path, device="cpu", dtype=None, data: dict | None = None) -> SequentialDiffusionTokenizer:
+    """A tokenizer from our format or the authors' released layout, in eval mode. dtype: of the weights, the file's if
+    None. data: what was read from the file, if it was. Raises OSError; ValueError naming the file and each key that is
+    missing, unexpected or of a wrong shape; FloatingPointError if a weight is not finite."""
+    data = read_checkpoint(path) if data is None else data
+    with about(path):
+        config, state = recognise(data, TokenizerConfig, "a tokenizer", "patchify.weight")
+        config = config or released_config(data.get("config"), state)
+        return assign_weights(SequentialDiffusionTokenizer, config, state, device, dtype)
 
 
-def load_ar(path, device="cpu", dtype=None, weights="ema", tokenizer=None, num_tokens=None) -> ARTransformer:
+def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens: int | None = None) -> ARTransformer:
     """A Llama from our format or the released layout, in eval mode; `tokenizer` is the one given, else the file's, else
-    None. Released files do not say N: it is the tokenizer's, else num_tokens, else 256. Otherwise as load_tokenizer."""
+    None. Released files do not say N: it is the tokenizer's, else num_tokens, else 256. Raises as load_tokenizer."""
     data = read_checkpoint(path)
-    with _about(path):
-        config, state = _recognise(data, weights, ARConfig)
-        if tokenizer is None and config is not None and "tokenizer" in data:
-            if not isinstance(data["tokenizer"], dict):
-                raise ValueError(f"its tokenizer is a {type(data['tokenizer']).__name__}, expected a checkpoint's dict")
-            tokenizer = _build_tokenizer(data["tokenizer"], device, dtype, weights)
+    with about(path):
+        if tokenizer is None and "format" in data and "tokenizer" in data:
+            require(isinstance(data["tokenizer"], dict), "its tokenizer is no checkpoint's dict")
+            tokenizer = load_tokenizer("its tokenizer", device, dtype, data["tokenizer"])
+        config, state = recognise(data, ARConfig, "a Llama", "tok_embeddings.weight")
         if config is None:  # a released file
-            codes, width = _shape(state, "tok_embeddings.weight", 2)
-            classes = _shape(state, "cls_embedding.weight", 2)[0] - 1
+            codes, width = shape_of(state, "tok_embeddings.weight", 2)
+            classes, _ = shape_of(state, "cls_embedding.weight", 2)
             n = tokenizer.config.num_tokens if tokenizer else num_tokens or 256
-            config = ARConfig(width, _depth(state, "layers."), codes, classes, n)
-        ar = _assign(ARTransformer, config, state, device, dtype)
-        names = data.get("class_names")
-        if names is not None:
-            if not isinstance(names, list) or {type(n) for n in names} != {str} or len(names) != config.num_classes:
-                raise ValueError(f"class_names is no list of {config.num_classes} names")
-            ar.class_names = names
+            config = ARConfig(width, depth_of(state, "layers."), codes, classes - 1, n)
+        ar = assign_weights(ARTransformer, config, state, device, dtype)
+        ar.class_names = names = data.get("class_names")
+        fits = isinstance(names, list) and {type(n) for n in names} == {str} and len(names) == config.num_classes
+        require(names is None or fits, f"class_names is no list of {config.num_classes} names")
         ar.attach_tokenizer(tokenizer)
     return ar
 
 
-def _build_tokenizer(data: dict, device, dtype, weights: str) -> SequentialDiffusionTokenizer:
-    config, state = _recognise(data, weights, TokenizerConfig)
-    config = config or _released_tokenizer_config(data.get("config"), state)
-    return _assign(SequentialDiffusionTokenizer, config, state, device, dtype)
-
-
-RELEASED_NAMES = {  # prefix in the authors' files -> ours; the first that fits counts
+RELEASED_NAMES = {  # beginning of a name in the authors' files -> ours; the first one that fits is taken
     "quant_in_conv.": "quant_in.",
     "quant_out_conv.": "quant_out.",
     "diff_decoder.net.conv_in.": "diffusion.patch_in.",
@@ -1190,85 +1148,81 @@ RELEASED_NAMES = {  # prefix in the authors' files -> ours; the first that fits 
     "diff_decoder.net.": "diffusion.",
     "cls_embedding.embedding_table.": "cls_embedding.",
 }
-LAYERS = {name: f"{name}." for name in ("layers", "encoder_layers", "decoder_layers")}  # field -> prefix of its blocks
-LAYERS["diffusion_layers"] = "diffusion.blocks."
+RELEASED_SETTINGS = dict(num_all_queries="num_tokens", num_query_groups="num_groups")  # in their config -> ours
+RELEASED_SETTINGS |= dict(num_denoising_steps="num_steps", time_shift="time_shift", data_std="data_scale")
 
 
-def _recognise(data: dict, weights: str, config_class) -> tuple[TokenizerConfig | ARConfig | None, dict]:
-    """(config, or None where a released file leaves it to the shapes; state dict under our names)."""
-    if weights not in ("ema", "model"):
-        raise ValueError(f"weights {weights!r}: expected 'ema' or 'model'")
-    places = (data.get("ema") if weights == "ema" else None), data.get("model"), data
-    found = next(place for place in places if isinstance(place, dict))
-    state = {}
-    for name, value in found.items():  # DistributedDataParallel and torch.compile leave prefixes
-        name = re.sub(r"^((module|_orig_mod)\.)+", "", name if isinstance(name, str) else repr(name))
-        prefix = next((released for released in RELEASED_NAMES if name.startswith(released)), "")
-        name = RELEASED_NAMES.get(prefix, "") + name.removeprefix(prefix)
-        if name in state:
-            raise ValueError(f"{name} stands in it twice, with and without a prefix")
-        if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0]  # released 1x1 convolutions are our Linears
-        state[name] = value
-    state.pop("quantize.codebook_used", None)  # the authors' usage counter, no weight
-    kinds = {TokenizerConfig: ("a tokenizer", "patchify.weight"), ARConfig: ("a Llama", "tok_embeddings.weight")}
-    holds = [kind for kind, key in kinds.values() if key in state] or ["neither tokenizer nor Llama"]
-    wanted, key = kinds[config_class]
-    if holds[0] != wanted:
-        raise ValueError(f"holds {holds[0]}, expected {wanted} (with {key})")
+def recognise(data: dict, config_class, kind: str, key: str) -> tuple[typing.Any, dict]:
+    """(config, or None for a released file; state dict under our names) of a file of that kind, which holds the key."""
+    state = rename(next(part for part in (data.get("ema"), data.get("model"), data) if isinstance(part, dict)))
+    if key not in state:
+        others = {"patchify.weight": "a tokenizer", "tok_embeddings.weight": "a Llama"}
+        holds = next((others[name] for name in others if name in state), "neither tokenizer nor Llama")
+        raise ValueError(f"holds {holds}, expected {kind} (with {key})")
     if "format" not in data:
         return None, state
-    if data["format"] != FORMAT:
-        raise ValueError(f"format {data['format']!r:.40}, expected {FORMAT!r}; a newer dar.py wrote it")
+    require(data["format"] == FORMAT, f"format {data['format']!r:.40}, expected {FORMAT!r}; a newer dar.py wrote it")
     try:
         return config_class(**data["config"]), state
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"unusable config ({error})") from None
 
 
-def _shape(state: dict, name: str, dims: int) -> tuple[int, ...]:
+def rename(found: dict) -> dict:
+    """A state dict under our names, whether it is ours, a released one, or was left by DDP or torch.compile."""
+    state = {}
+    for name, value in found.items():
+        name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
+        released = next((beginning for beginning in RELEASED_NAMES if name.startswith(beginning)), None)
+        if released:
+            name = RELEASED_NAMES[released] + name.removeprefix(released)
+        if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
+            value = value[:, :, 0, 0]  # released 1x1 convolutions are our Linears
+        require(name not in state, f"{name} stands in it twice, with and without a prefix")
+        if name != "quantize.codebook_used":  # the authors' count of used codes, no weight
+            state[name] = value
+    return state
+
+
+def shape_of(state: dict, name: str, dims: int) -> tuple[int, ...]:
     value = state.get(name)
-    if not isinstance(value, Tensor) or value.ndim != dims:
-        raise ValueError(f"{name} is missing or no tensor of {dims} dimensions, so the model's size is unknown")
+    fits = isinstance(value, Tensor) and value.ndim == dims
+    require(fits, f"{name} is missing or no tensor of {dims} dimensions, so the model's size is unknown")
     return tuple(value.shape)
 
 
-def _depth(state: dict, prefix: str) -> int:
-    numbers = (re.match(re.escape(prefix) + r"(\d{1,4})\.", name) for name in state)
-    return len({number.group(1) for number in numbers if number})  # a gap shows as keys missing and unexpected
+def depth_of(state: dict, prefix: str) -> int:
+    """How many blocks there are; a gap in their numbers will show as missing and unexpected keys."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
-def _released_tokenizer_config(config, state: dict) -> TokenizerConfig:
+def released_config(config, state: dict) -> TokenizerConfig:
     """Widths and depths from the shapes; N, K, S, data scale and beta from the config in the file, else v1's."""
     if isinstance(config, types.SimpleNamespace):
-        config = config.__dict__.get("_data")
+        config = vars(config).get("_data")
     config = {} if config is None else config.get("model", config) if isinstance(config, dict) else config
     diffusion = config.get("diff_decoder", {}) if isinstance(config, dict) else None
-    if not isinstance(diffusion, dict):
-        raise ValueError("its config is no dict of settings")
+    require(isinstance(diffusion, dict), "its config is no dict of settings")
     says = diffusion | config
     for name, wanted in {"vq_enable": True, "mlp_head": False, "share_time_encoding": False}.items():
-        if says.get(name, wanted) is not wanted:
-            raise ValueError(f"its config says {name} = {says[name]!r}; only {wanted} is supported")
-    fields = {name: _depth(state, prefix) for name, prefix in LAYERS.items() if name != "layers"}
-    fields["encoder_width"], _, fields["encoder_patch"], _ = _shape(state, "patchify.weight", 4)
-    fields["codebook_size"], fields["code_dim"] = _shape(state, "quantize.embedding.weight", 2)
-    fields["max_tokens"], fields["decoder_width"] = _shape(state, "decoder_embedding.weight", 2)
-    fields["diffusion_width"], pixels = _shape(state, "diffusion.patch_in.weight", 2)
+        said = says.get(name, wanted)
+        require(said is wanted, f"its config says {name} = {said!r}; only {wanted} is supported")
+    fields = {ours: says[theirs] for theirs, ours in RELEASED_SETTINGS.items() if theirs in says}
+    fields["encoder_width"], _, fields["encoder_patch"], _ = shape_of(state, "patchify.weight", 4)
+    fields["codebook_size"], fields["code_dim"] = shape_of(state, "quantize.embedding.weight", 2)
+    fields["max_tokens"], fields["decoder_width"] = shape_of(state, "decoder_embedding.weight", 2)
+    fields["diffusion_width"], pixels = shape_of(state, "diffusion.patch_in.weight", 2)
     fields["diffusion_patch"] = math.isqrt(pixels // 3)
-    fields["num_tokens"], fields["num_groups"] = says.get("num_all_queries", 256), says.get("num_query_groups", 8)
-    fields["num_steps"], fields["time_shift"] = says.get("num_denoising_steps", 0), says.get("time_shift", 2.0)
-    has_head, deepest = "diffusion.repa_head.0.weight" in state, fields["diffusion_layers"] - 1
-    fields["repa_layer"] = says.get("repa_layer", min(8, deepest)) if has_head else None
-    return TokenizerConfig(data_scale=says.get("data_std", 0.6), group_rule="nearest", **fields)
+    depths = (depth_of(state, prefix) for prefix in ("encoder_layers.", "decoder_layers.", "diffusion.blocks."))
+    fields["encoder_layers"], fields["decoder_layers"], fields["diffusion_layers"] = depth = tuple(depths)
+    has_head = "diffusion.repa_head.0.weight" in state
+    fields["repa_layer"] = says.get("repa_layer", min(8, depth[2] - 1)) if has_head else None
+    return TokenizerConfig(group_rule="nearest", **fields)
 
 
-def _assign(model_class, config, state: dict, device, dtype) -> nn.Module:
-    """Builds the model without memory, accounts for every key of the state dict, and gives it copies of the tensors."""
-    for field, prefix in LAYERS.items():  # before a wrong number makes us build a thousand layers
-        depth = _depth(state, prefix)
-        if getattr(config, field, depth) != depth:
-            raise ValueError(f"its config says {field} = {getattr(config, field)}, its weights have {depth}")
+def assign_weights(model_class, config, state: dict, device, dtype) -> nn.Module:
+    """Builds the model without memory, accounts for every key of the state dict, and gives it copies of the tensors:
+    the file may be replaced while they are in use."""
     with torch.device("meta"):
         model = model_class(config)
     expected = model.state_dict()
@@ -1276,27 +1230,215 @@ def _assign(model_class, config, state: dict, device, dtype) -> nn.Module:
     wrong += [f"{name} is unexpected" for name in state if name not in expected]
     for name in expected.keys() & state.keys():
         value = state[name]
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-            wrong.append(f"{name} is no dense tensor of floats")
-        elif value.is_meta or value.untyped_storage().nbytes() < value.nbytes:  # more memory than the file has
-            wrong.append(f"{name} claims {value.numel()} numbers that are not in the file")
+        floats = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
+        if not floats or value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
+            wrong.append(f"{name} is no dense tensor of floats that are in the file")
         elif value.shape != expected[name].shape:
             wrong.append(f"{name} has shape {list(value.shape)}, expected {list(expected[name].shape)}")
-    if wrong:
-        more = f"; and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise ValueError(f"weights do not fit the model: {'; '.join(sorted(wrong)[:12])}{more}")
-    weights = {name: state[name].to(device, dtype, copy=True) for name in expected}  # copies: the file may be replaced
+    wrong = sorted(wrong)[:12] + [f"and {len(wrong) - 12} more"] * (len(wrong) > 12)
+    require(not wrong, f"weights do not fit the model: {'; '.join(wrong)}")
+    weights = {name: state[name].to(device, dtype, copy=True) for name in expected}
+    for name, value in weights.items():
+        if not torch.stack(torch.aminmax(value)).isfinite().all():
+            raise FloatingPointError(f"{name} is not finite, as after a failed training or in too small a type")
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
+# Checks: a config may come from any file, and a token or class that no table has would crash a GPU
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def is_number(value) -> bool:
+    """A finite real number, Python's or NumPy's, and no bool."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_fields(config, may_be_zero: tuple[str, ...]) -> None:
+    """Every number is of its field's type, positive and not huge; widths are whole heads."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if field.type is str or (value is None and field.type == int | None):
+            continue
+        least, limit = "from 0" if name in may_be_zero else "above 0", 1000 if name.endswith("layers") else 2**31
+        fits = is_number(value) if field.type is float else type(value) is int
+        fits = fits and 0 <= value < limit and (value > 0 or name in may_be_zero)
+        wanted = "a number" if field.type is float else "an integer"
+        require(fits, f"{name} = {value!r}: expected {wanted} {least}, below {limit}")
+        whole = not name.endswith("width") or value % HEAD_DIM == 0
+        require(whole, f"{name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
+
+
+def check_tokenizer_config(c: TokenizerConfig) -> None:
+    check_fields(c, may_be_zero=("num_steps", "repa_layer", "commit_weight", "encoder_layers", "decoder_layers"))
+    for name in ("encoder_patch", "diffusion_patch"):
+        patch = getattr(c, name)
+        require(c.image_size % patch == 0, f"image size {c.image_size} is no multiple of {name} = {patch}")
+    n, k, rows, depth = c.num_tokens, c.num_groups, c.max_tokens, c.diffusion_layers
+    require(n % k == 0, f"N = {n} tokens do not divide into K = {k} equal groups")
+    require(n <= rows, f"N = {n} tokens, but the tables have max_tokens = {rows} rows")
+    inside = c.repa_layer is None or c.repa_layer < depth
+    require(inside, f"repa_layer = {c.repa_layer} must be below diffusion_layers = {depth}")
+    condition_group(0.0, k, c.group_rule)
+
+
+def check_same_tokens(ar: ARConfig, tokenizer: TokenizerConfig) -> None:
+    pairs = ("codes", ar.vocab_size, tokenizer.codebook_size), ("tokens", ar.num_tokens, tokenizer.num_tokens)
+    for what, mine, its in pairs:
+        require(mine == its, f"the model has {mine} {what}, the tokenizer {its}: they do not belong together")
+
+
+def check_numbers(what: str, numbers: Tensor, dims: int, count: int, most: int = 2**31) -> None:
+    fits = numbers.dtype == torch.int64 and numbers.ndim == dims and numbers.shape[-1] <= most
+    wanted = f"torch.int64, {dims}-dimensional" + (f", at most {most} in a row" if most < 2**31 else "")
+    require(fits, f"{what}: {numbers.dtype} {list(numbers.shape)}, expected {wanted}")
+    low, high = (int(numbers.min()), int(numbers.max())) if numbers.numel() else (0, 0)
+    require(0 <= low and high < count, f"{what} from {low} to {high}: expected 0 ... {count - 1}")
+
+
+def check_pixels(images: Tensor, what: str, patch: int) -> None:
+    *_, channels, height, width = (0, 0, 0, *images.shape)
+    fits = images.ndim == 4 and channels == 3 and height * width and height % patch == width % patch == 0
+    require(fits, f"{what} {list(images.shape)}: expected [B, 3, H, W], with multiples of the patch size {patch}")
+
+
+def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
+    """Returns the prefix as int64 [B, n], n = 0 if there is none."""
+    require(1 <= count <= c.num_tokens, f"num_tokens = {count}: the model draws 1 ... {c.num_tokens}")
+    check_numbers("class labels", labels, 1, c.num_classes + 1)
+    found = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
+    require(temperature > 0 and top_k >= 0 and 0 < top_p <= 1, f"{found}: expected > 0, >= 0, and in (0, 1]")
+    prefix = labels.new_empty(0) if prefix is None else prefix.to(labels.device)
+    prefix = prefix[None] if prefix.ndim == 1 else prefix
+    check_numbers("prefix tokens", prefix, 2, c.vocab_size, count)
+    fits = len(prefix) in (1, len(labels))
+    require(fits, f"prefix {list(prefix.shape)}: expected one for all, or one for each of {len(labels)} pictures")
+    return prefix.expand(len(labels), -1)
+
+
+# Presets
+
+LITE = dict(encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_layers=8, repa_layer=5)
+TINY = dict(image_size=32, encoder_patch=4, diffusion_patch=4, num_tokens=64, codebook_size=1024, repa_layer=None)
+TINY |= dict(encoder_width=128, decoder_width=128, diffusion_width=128, init_std=0.08)
+TINY |= dict(encoder_layers=4, decoder_layers=4, diffusion_layers=6)
+TOKENIZER_PRESETS = {
+    "v1": TokenizerConfig(),  # 307M parameters; 1.52 rFID in Table 2
+    "lite": TokenizerConfig(**LITE),  # 113M, of the ablations in appendix III
+    "tiny": TokenizerConfig(**TINY),  # 32x32 pixels, 4M, trains on two CPU cores
+    "cifar10": TokenizerConfig(**TINY, time_shift=4.0),  # of the shipped model
+}
+AR_PRESETS = {
+    "B": ARConfig(768, 12),  # 111M parameters
+    "L": ARConfig(1024, 24),  # 343M, D-AR-L
+    "XL": ARConfig(1280, 36),  # 775M, D-AR-XL: 2.09 FID in Table 3
+    "tiny": ARConfig(192, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # for the "tiny" tokenizer
+    "cifar10": ARConfig(256, 5, vocab_size=1024, num_classes=10, num_tokens=64),  # of the shipped model
+}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. Plumbing
-# What both trainings and the other scripts share: pictures, data, randomness that belongs to the sample, averaged
-# weights, processes, faster sampling, and runs that survive being killed. Little here is particular to D-AR.
+# 10. Shared tools
+#
+# What sampling, metrics and trainings share: speed (the same results, up to rounding, in less time), processes, pictures
 
 
-def command_line(main) -> None:
+def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
+    """Makes a loaded model fast, in place, with the tokenizer that it carries, and returns it. Afterwards it is neither
+    trained nor saved. On a CPU Linears are packed, and freed memory is kept. compile: for many pictures on a GPU;
+    torch.compile turns a step (of the Llama, of the flow) into one function, which is launched as one CUDA graph. The
+    first pictures then take a minute longer; each new size of batch takes some of it again."""
+    if getattr(model, "tokenizer", None) is not None:
+        prepare_for_sampling(model.tokenizer, compile)
+    keep_freed_memory()
+    options = dict(mode="reduce-overhead", fullgraph=True, dynamic=False)
+    if not compile:
+        pack_linears(model)
+    elif isinstance(model, ARTransformer) and "next_logits" not in vars(model):
+        model.new_caches = KeptCaches(model.new_caches)
+        model.next_logits = quiet_compile(model.next_logits, **options)
+    elif isinstance(model, SequentialDiffusionTokenizer) and "velocity" not in vars(model):
+        step = quiet_compile(model.velocity, **options)
+        # A contiguous group, else each is compiled for itself; and a copy of what the next launch writes over.
+        model.velocity = lambda x, t, tokens: step(x, t, tokens.contiguous()).clone()
+    return model
+
+
+def quiet_compile(function: Callable, **options) -> Callable:
+    """torch.compile, which says less, and allows for as many batch sizes as are met, times each 64 tokens."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # remarks that there is no GPU
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(function, **options)
+
+
+class KeptCaches:
+    """In place of ARTransformer.new_caches: the last batch's memory again, to which CUDA graphs are bound, unless a
+    generator still uses it."""
+
+    def __init__(self, new_caches: Callable):
+        self.new_caches, self.size, self.kept, self.user = new_caches, None, [], lambda: None
+
+    def __call__(self, *size: int) -> list[KVCache]:
+        if size != self.size or self.user() is not None:
+            self.size, self.kept = size, [(cache.k, cache.v) for cache in self.new_caches(*size)]
+        for buffer in itertools.chain(*self.kept):
+            torch._dynamo.mark_static_address(buffer.zero_())
+        caches = [KVCache(k, v) for k, v in self.kept]
+        self.user = weakref.ref(caches[0])  # alive as long as the generator is
+        return caches
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Puts the weights of a CPU's Linears into the order in which oneDNN reads them: products of a few rows, as in
+    generation, take a half to a tenth of the time, float32 ones of many rows less than half."""
+    for linear in model.modules():  # one by one: a second copy of all weights is never needed
+        weight = linear.weight if type(linear) is nn.Linear else None
+        if isinstance(weight, nn.Parameter) and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            del linear.weight
+            linear.weight = packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+            rest = packed, linear.bias, "none", [], ""
+            linear.forward = lambda x, rest=rest: torch.ops.mkldnn._linear_pointwise(x, *rest)
+
+
+def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """attend by torch's kernel. In bfloat16 on a CPU plain products are 2 to 9 times as fast as its backward pass, and
+    as its forward pass where the processor has no matrix unit (AMX)."""
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if not slow or not torch.is_grad_enabled() and torch.cpu._is_amx_tile_supported():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.shape[2] == 1:  # a matrix times a vector reads the cached keys where they lie; the loop below would copy them
+        scores = (k @ q.transpose(-1, -2) / HEAD_DIM**0.5).transpose(-1, -2)
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+    q, k, v, parts = q / HEAD_DIM**0.5, k.transpose(-1, -2).contiguous(), v.contiguous(), []
+    for i in range(0, q.shape[2], 128):  # queries at a time: their scores stay in the processor's cache
+        scores = q[:, :, i : i + 128] @ k
+        if mask is not None:
+            scores = scores.masked_fill(~mask[i : i + 128], -math.inf)
+        parts.append(scores.softmax(-1) @ v)
+    return torch.cat(parts, 2)
+
+
+@torch.compiler.substitute_in_graph(rotate)
+def _rotate_in_real_numbers(x: Tensor, rope: Tensor) -> Tensor:
+    # Under torch.compile, which knows no complex numbers but fuses these seven passes. Alone they take 15 x as long.
+    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope.unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+
+def keep_freed_memory() -> None:
+    """Linux's malloc gives large freed blocks back to the system, which hands them out anew page by page, cleared. To
+    keep them saves a tenth to a fifth of a training step on a CPU, and two fifths of encoding many images."""
+    malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(malloc, "mallopt"):  # glibc
+        malloc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        malloc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks when 2 GB lie free at its end
+
+
+def command_line(main: Callable) -> None:
     """Runs main() for its exit code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
     try:
         sys.exit(main())
@@ -1314,23 +1456,11 @@ def command_line(main) -> None:
             torch.distributed.destroy_process_group()
 
 
-def keep_freed_memory() -> None:
-    """Linux's malloc gives large blocks that are freed back to the system, which hands them out anew page by page,
-    cleared. Keeping them takes a tenth to a fifth off a training step on a CPU, and two fifths off encoding many
-    images. Best called when the weights are loaded: what loading frees is better given back."""
-    malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(malloc, "mallopt"):  # glibc
-        malloc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        malloc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks when 2 GB lie free at its end
-
-
 def pick_device(name: str) -> torch.device:
     """--device auto|cpu|cuda|mps -> the device; auto takes the fastest. Raises ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there.get(name, False):
-        raise ValueError(f"--device {name}: not available here; there is {', '.join(k for k, v in there.items() if v)}")
+    name = next(kind for kind in there if there[kind]) if name == "auto" else name
+    require(there.get(name, False), f"--device {name}: not available here; of cuda, mps and cpu take another")
     return torch.device(name)
 
 
@@ -1371,83 +1501,27 @@ class Processes(typing.NamedTuple):
         if self.world > 1:
             torch.distributed.barrier()
 
-    def first_alone(self, action):
-        """action(), by the first process before the others: what it downloads or lists, they find."""
-        result = action() if self.rank == 0 else None
-        self.barrier()
+    def first_alone(self, action: Callable) -> typing.Any:
+        """action(), in the first process before the others: what it downloads or writes, they find. If it fails there,
+        all processes end, and only the first one says why."""
+        failure = None
+        try:
+            result = action() if self.rank == 0 else None
+        except (ValueError, OSError) as error:
+            failure = error
+        if self.reduce(torch.tensor(failure is not None, dtype=torch.int32), "MAX"):
+            raise failure or SystemExit(2)
         return result if self.rank == 0 else action()
 
 
-# Faster sampling
-
-
-class PackedLinear(nn.Module):
-    """A Linear for sampling on a CPU, its weight in the order in which oneDNN reads it."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)  # no Parameter any more
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(model: nn.Module) -> nn.Module:
-    """Packs the Linears of a model on a CPU, in place, and returns it; packed, they are neither trained nor saved.
-    Products of a few rows, as in generation, take a half to a tenth of the time, float32 ones of many under half."""
-    for name, child in model.named_children():
-        if type(child) is not nn.Linear:
-            pack_linears(child)
-        elif child.weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            setattr(model, name, PackedLinear(child))  # one by one, so that no second copy of all weights is needed
-    return model
-
-
-class Replayed:
-    """A function of tensors whose work on a GPU is recorded as a CUDA graph, once for each shape of its inputs, and
-    then replayed: one launch instead of hundreds, each of which takes longer than the little work it starts. What the
-    function reads or writes besides must stay where it is in memory."""
-
-    def __init__(self, function):
-        self.function, self.recorded = function, {}
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self.function(*inputs)
-        shapes = tuple(value.shape for value in inputs)
-        if shapes not in self.recorded:
-            with torch.inference_mode(False):
-                graph, buffers = torch.cuda.CUDAGraph(), [torch.empty_like(value).copy_(value) for value in inputs]
-            self.function(*buffers)  # what happens only at a first call, such as compiling, must not be recorded
-            before = next(iter(self.recorded.values()), None)
-            with torch.cuda.graph(graph, pool=before and before[0].pool()):  # all work in the same memory, in turn
-                output = self.function(*buffers)
-            self.recorded[shapes] = graph, buffers, output
-        graph, buffers, output = self.recorded[shapes]
-        torch._foreach_copy_(buffers, inputs)
-        graph.replay()
-        return output.clone()  # the next replay overwrites it
-
-
-def compile_for_sampling(model: nn.Module) -> nn.Module:
-    """For many pictures on the current GPU, in place, returns the model: torch.compile fuses the small operations of
-    the blocks that sampling runs through again and again, CUDA graphs replay their launches. On a CPU it only compiles.
-    A Llama and its tokenizer need a call each. Afterwards weights may change in place only, and a Llama keeps the
-    caches of the last batch until its `recorded` is cleared."""
-    torch._dynamo.config.recompile_limit = 64  # one for each 32 tokens of cache that are read, at each size of batch
-    for part in model.modules():
-        if isinstance(part, LlamaBlock | DiffusionBlock):
-            part.compile(dynamic=False)  # equal blocks share one compilation
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    if isinstance(model, ARTransformer):
-        model.compiled, model.replays = True, on_gpu
-    elif on_gpu and not isinstance(model.velocity, Replayed):
-        model.velocity = Replayed(model.velocity)
-    return model
-
-
-# Pictures
+def fingerprint(models: Iterable[nn.Module]) -> str:
+    """SHA-256 of the models' configs and weights, in hexadecimal: what their output depends on."""
+    digest = hashlib.sha256()
+    for model in models:
+        digest.update(str(model.config).encode())
+        for value in model.state_dict().values():
+            digest.update(value.flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -1466,7 +1540,7 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Float images [n, 3, H, W] in [-1, 1] -> one white-gapped picture, row by row."""
+    """Float images [n, 3, H, W] in [-1, 1] -> one picture with white gaps, row by row."""
     images = F.pad(images, (gap, 0, gap, 0, 0, 0, 0, -len(images) % columns), value=1.0)  # [rows · columns, 3, H, W]
     rows = images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # [3, rows · H, ...]
     pixels = to_uint8(F.pad(rows, (0, gap, 0, gap), value=1.0))
@@ -1474,23 +1548,30 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, whatever it was; alpha goes onto white. ValueError naming an unreadable file."""
-    try:
-        with Image.open(path) as image:
+    """An image file as 8-bit RGB, whatever it was; alpha goes onto white. ValueError naming an unreadable image, OSError
+    naming a file that cannot be opened. (What a camera notes of its orientation is ignored, as ADM does.)"""
+    with open(path, "rb") as file:
+        try:
+            image = Image.open(file)
             image.load()
-            if image.mode.startswith(("I", "F")):  # 16 bits: Pillow's convert would clip, not scale
-                values = np.asarray(image, np.float64) / (257 if image.mode.startswith("I") else 1)
-                return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+            if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which convert() would clip: their range is a guess
+                values = np.asarray(image, np.float64)
+                top = next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
+                return Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8)).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from None
+        except Exception as error:  # a damaged file can make a decoder fail in any way there is
+            raise ValueError(f"{path}: not a readable image ({error})") from None
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
-    """ADM's resize of the short side to size: halve with BOX while it is at least 2 size, then BICUBIC."""
+    """ADM's resize of the short side to size: halve with BOX while it is at least 2 size, then BICUBIC. Of an image over
+    32 times as long as wide, the middle: a row of 65,000 pixels would become gigabytes."""
+    w, h = (min(side, 32 * min(image.size)) for side in image.size)
+    x, y = (image.width - w) // 2, (image.height - h) // 2
+    image = image if image.size == (w, h) else image.crop((x, y, x + w, y + h))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -1510,445 +1591,25 @@ def center_crops(images: Iterable[Image.Image], size: int) -> Tensor:
     return to_float(torch.from_numpy(crops).permute(0, 3, 1, 2))
 
 
-# Data
-
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a 2 MB profile does not make a PNG corrupt
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-# Polygons: how many corners, and the radius of every second one.
-SHAPES = {"circle": (48, 1.0), "triangle": (3, 1.0), "square": (4, 1.0), "star": (10, 0.45), "gear": (24, 0.75)}
-
-
-def draw_shape(index: int, size: int) -> Image.Image:
-    """The index-th picture of the procedural dataset: a coloured shape on a coloured ground, classes in turn."""
-    rng, scale = np.random.default_rng(index), 4 * size  # drawn large and averaged down: smooth edges
-    ground, colour = (tuple(rng.integers(0, 256, 3).tolist()) for _ in range(2))
-    radius, turn = scale * rng.uniform(0.2, 0.4), rng.uniform(0, 2 * math.pi)
-    x, y = rng.uniform(radius, scale - radius, 2)
-    corners, inner = list(SHAPES.values())[index % len(SHAPES)]
-    outline = []
-    for i in range(corners):
-        angle, r = turn + 2 * math.pi * i / corners, radius * (inner if i % 2 else 1)
-        outline.append((x + r * math.cos(angle), y + r * math.sin(angle)))
-    image = Image.new("RGB", (scale, scale), ground)
-    ImageDraw.Draw(image).polygon(outline, fill=colour)
-    return image.resize((size, size), Image.BOX)
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """The image files below a folder, sorted, relative to it; FileNotFoundError or ValueError if there are none."""
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    start, found = len(os.path.join(folder, "")), []
-    for root, _, names in os.walk(folder, followlinks=True):
-        found += [os.path.join(root, name)[start:] for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    if not found:
-        raise ValueError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted(found)
+    """The image files below a folder, sorted, as names relative to it with "/" between folders. Hidden files and
+    folders are left out; a link that leads back up is not followed. Raises OSError (no such folder, permission denied),
+    and ValueError if there are no images."""
 
-
-class ImageData:
-    """Labelled images: a folder with one sub-folder a class, or the word "shapes", drawn by Pillow from the index.
-    listing: a file that keeps the list of (a million) images from one start of a training to the next. Raises
-    FileNotFoundError or ValueError, naming the folder, if there is nothing to train on."""
-
-    def __init__(self, source: str, size: int, held_out: bool = False, listing: Path | None = None):
-        self.source, self.size, self.held_out, self.kept = source, size, held_out, {}
-        if source == "shapes":
-            self.digest, self.names, self.class_names = source, None, list(SHAPES)
-            self.labels = np.arange(1000 if held_out else 10000) % len(SHAPES)
-        else:
-            if listing is not None and listing.exists():
-                names = listing.read_bytes().split(b"\0")
-            else:
-                names = [os.fsencode(name) for name in list_images(source)]
-                if listing is not None:
-                    listing.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(listing, lambda file: file.write(b"\0".join(names)))
-            for name in names:
-                if b"/" not in name:
-                    raise ValueError(f"{source}/{os.fsdecode(name)}: expected a sub-folder for each class in {source}")
-            classes = [os.fsdecode(name.split(b"/")[0]) for name in names]
-            self.class_names, self.labels = np.unique(classes, return_inverse=True)
-            self.class_names = self.class_names.tolist()
-            self.digest = hashlib.sha256(b"\0".join(names)).hexdigest()[:16]
-            self.names = np.array(names)  # one array, which worker processes share, instead of a million objects
-        self.unreadable = torch.zeros(len(self.labels), dtype=torch.uint8)  # 1 where a file turned out to be corrupt
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def image(self, index: int) -> Image.Image:
-        """Image `index` in RGB. Small ones stay in memory once decoded (CIFAR-10: 150 MB). ValueError if corrupt."""
-        if self.names is None:
-            return draw_shape(index + 10**6 * self.held_out, self.size)
-        if index in self.kept:
-            return self.kept[index]
-        image = load_rgb(os.path.join(self.source, os.fsdecode(self.names[index])))
-        if max(image.size) <= 64:
-            self.kept[index] = image
-        return image
-
-    def next_readable(self, index: int) -> tuple[Image.Image, int]:
-        """The first image from `index` on that can be read, and its index; files that are skipped are warned about."""
-        for i in range(len(self)):
-            try:
-                found = (index + i) % len(self)
-                return self.image(found), found
-            except ValueError as error:
-                print(f"warning: {error}; the next image takes its place", file=sys.stderr)
-        raise ValueError(f"{self.source}: not one of its {len(self)} images can be read")
-
-    def refuse_if_corrupt(self) -> None:
-        """Raises ValueError if more than 1% of the files turned out to be unreadable: that is no accident any more."""
-        bad = self.unreadable.nonzero().flatten().tolist()
-        if len(bad) > 0.01 * len(self):
-            found = f"{len(bad)} of {len(self)} images are unreadable, over 1% (as {os.fsdecode(self.names[bad[0]])})"
-            raise ValueError(f"{self.source}: {found}")
-
-
-# Randomness that belongs to the sample: position p counts the samples of a whole training, p = step · batch + place in
-# the batch. What sample p is, how it is cropped and which noise it gets depend on (seed, p) alone, so a run resumes, or
-# goes on with another number of processes, as if nothing had happened.
-@functools.lru_cache(maxsize=2)
-def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, 0, epoch]).permutation(count)
-
-
-def data_index(position: int, count: int, seed: int) -> int:
-    """Which of count images sample `position` is: every epoch runs through all of them in its own random order."""
-    epoch, place = divmod(position, count)
-    return int(_epoch_order(count, seed, epoch)[place])
-
-
-def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The small random choices of one sample's picture: crop, flip."""
-    return np.random.default_rng([seed, 1, position])
-
-
-class Samples(torch.utils.data.Dataset):
-    """Sample position -> (uint8 image [3, H, W], label, position, files skipped before it because they are corrupt).
-    transform(PIL image, numpy generator) crops and flips; its generator is the sample's own."""
-
-    def __init__(self, data: ImageData, transform, seed: int):
-        self.data, self.transform, self.seed = data, transform, seed
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int, int]:
-        index = data_index(position, len(self.data), self.seed)
-        image, found = self.data.next_readable(index)
-        pixels = torch.from_numpy(np.array(self.transform(image, sample_rng(self.seed, position)))).permute(2, 0, 1)
-        return pixels, self.data.labels[found], position, (found - index) % len(self.data)
-
-
-def leave_signals_to_the_parent(worker: int) -> None:
-    """For the worker processes of a data loader: a Ctrl-C is the training's to answer."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-# Training
-
-
-class EMA:
-    """Exponential moving average of a model's parameters, kept as a second model in eval mode (float32).
-    Decay min(0.999, (1 + i) / (10 + i)) after i updates: the first averages forget the random weights quickly."""
-
-    def __init__(self, model: nn.Module, max_decay: float = 0.999):
-        shared = getattr(model, "tokenizer", None)  # a Llama's: it does not train, so it needs no copy
-        self.model = copy.deepcopy(model, {id(shared): shared}).requires_grad_(False).eval()
-        self.max_decay, self.updates = max_decay, 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        decay = min(self.max_decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-
-
-class LossScaler:
-    """float16 rounds gradients below 6e-8 to nothing, so the loss is multiplied by `scale` before the backward pass and
-    the gradients are divided by it after. A step whose gradients overflowed is skipped and the scale halved; after 2000
-    good ones in a row it doubles. With other precisions the scale is 1 and every step is taken."""
-
-    def __init__(self, enabled: bool):
-        self.enabled, self.scale, self.good, self.skipped = enabled, 65536.0 if enabled else 1.0, 0, 0
-
-    def takes(self, norm: float) -> bool:
-        """Whether the step with this gradient norm is taken; adapts the scale."""
-        if self.enabled and not math.isfinite(norm):
-            self.scale, self.good, self.skipped = self.scale / 2, 0, self.skipped + 1
-            return False
-        self.good += 1
-        if self.enabled and self.good % 2000 == 0:
-            self.scale *= 2
-        return True
-
-
-def add_training_arguments(parser: argparse.ArgumentParser, presets: Iterable[str]) -> None:
-    """The command line that both trainings share; a value of None is filled in from the preset's recipe."""
-    add = parser.add_argument
-    add("--data", help="folder with one sub-folder of images a class, or the word 'shapes'")
-    add("--val", help="the same, held out: measured every --picture-every steps")
-    add("--out", help="folder of the run; an existing run there is continued")
-    add("--preset", default="tiny", choices=presets, help="model and recipe (default: tiny)")
-    add("--steps", type=int, help="optimisation steps (default: the preset's)")
-    add("--batch", type=int, help="images a step, over all processes (default: the preset's)")
-    add("--micro-batch", type=int, help="images that one process takes at once; the rest is accumulated (default: all)")
-    add("--lr", type=float, help="learning rate (default: the preset's)")
-    add("--warmup", type=int, help="steps over which the rate rises from 0 (default: the preset's)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1)")
-    add("--seed", type=int, default=0)
-    choices = ["auto", "float32", "bfloat16", "float16"]
-    add("--precision", default="auto", choices=choices, help="of products; auto: bfloat16 where it is fast")
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--checkpoint-blocks", action="store_true", help="recompute activations in backward: less memory, more time")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--workers", type=int, help="processes that decode images (default: up to 8; 0 for images under 64 pixels)")
-    add("--log-every", type=int, default=50)
-    add("--picture-every", type=int, default=500)
-    add("--save-every", type=int, default=500)
-    add("--keep-every", type=int, default=0, help="keep a checkpoint every so many steps, step-N.pt (default: none)")
-    add("--resume", default="auto", choices=["auto", "never"], help="go on with the run in --out if there is one")
-
-
-def check_training_arguments(args: argparse.Namespace, recipe: dict, **least: float) -> None:
-    """Fills in the recipe. Raises ValueError naming an argument that is missing or below its least value."""
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("data", "out"):
-        if not getattr(args, name):
-            raise ValueError(f"--{name} is missing; --help lists all arguments")
-    least |= dict.fromkeys(("steps", "batch", "micro_batch", "log_every", "picture_every", "save_every"), 1)
-    least |= dict.fromkeys(("keep_every", "warmup", "workers", "seed", "lr", "clip"), 0)
-    for name, bound in least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= bound:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least {bound}")
-
-
-class TrainingRun:
-    """A training: its folder (last.pt, the one before, log.csv, pictures), its optimisation step, resuming, stopping.
-    args: the shared arguments. settings: {what: value} that must not change within a run (model, data). terms: names of
-    the loss terms. columns: more of log.csv. Raises ValueError if the folder holds another run, naming what differs."""
-
-    def __init__(self, args, processes: Processes, model, ema, optimizer, settings: dict, terms: list, columns: list):
-        keep_freed_memory()
-        self.args, self.processes, self.folder = args, processes, Path(args.out)
-        self.model, self.ema, self.optimizer = model, ema, optimizer
-        self.settings, self.terms = {"seed": args.seed, "batch": args.batch} | settings, ["loss", *terms]
-        more = ["lr", "grad_norm", "images_per_s", "memory_mb", "unreadable", "skipped"]
-        self.columns = ["step", *self.terms, *more, *columns]
-        self.share, rest = divmod(args.batch, processes.world)
-        if rest:
-            raise ValueError(f"--batch {args.batch} cannot be shared equally by {processes.world} processes")
-        self.micro = args.micro_batch or self.share
-        if self.share % self.micro:
-            raise ValueError(f"--micro-batch {self.micro} does not divide the {self.share} images of one process")
-        fast = "bfloat16" if has_fast_bfloat16(processes.device) else "float32"
-        self.dtype = getattr(torch, fast if args.precision == "auto" else args.precision)
-        self.scaler = LossScaler(self.dtype == torch.float16)
-        self.received = self.signal = 0  # a signal that reached this process; the one that all have agreed to stop for
-        self.sums = torch.zeros(len(self.terms) + 1, dtype=torch.float64)  # of the terms and the gradient norm
-        self.step = self.since = 0  # steps taken; steps taken at the log's last row
-        if args.resume == "auto":
-            self._restore()
-        self.data, self.clock = None, (self.step, time.time())
-        if processes.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self.folder.glob("*.tmp"):  # of a process that was killed while it saved
-                left_over.unlink()
-            self._cut_log()
-        for part in model.modules():
-            if hasattr(part, "recompute"):
-                part.recompute = args.checkpoint_blocks
-        # What training calls, since only a call of the wrapper itself makes DDP exchange gradients.
-        self.parallel = torch.compile(model) if args.compile else model
-        if processes.world > 1:
-            devices = [processes.device.index] if processes.device.type == "cuda" else None
-            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, devices, gradient_as_bucket_view=True)
-
-    def steps(self) -> Iterator[int]:
-        """Counts the steps; after each one it saves if due or at a signal, whose number + 128 is then the exit_code."""
-        args = self.args
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember_signal)
-        with tqdm(total=args.steps, initial=self.step, disable=self.processes.rank > 0, unit="step") as self.bar:
-            while self.step < args.steps and not self.signal:
-                yield self.step
-                self.step += 1
-                self.bar.update()
-                if self.step % args.save_every == 0 or self.step == args.steps or self.signal:
-                    self.save()
-        self.processes.barrier()  # nobody leaves while the first process may still be saving
-        self.exit_code = 128 + self.signal if self.signal else 0
-        if self.signal and self.processes.rank == 0:
-            print(f"stopped after step {self.step}, saved; the same command goes on", file=sys.stderr)
-
-    def _remember_signal(self, number, frame) -> None:
-        # A second Ctrl-C does not wait for the step to end. torchrun passes the first one on, so there it says nothing.
-        if self.received == number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def batches(self, samples: Samples) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-        """Yields each step's micro-batches, (uint8 images, labels, positions), of this process's share of the batch."""
-        args, p, self.data = self.args, self.processes, samples.data
-        first = (step * args.batch + p.rank * self.share for step in range(self.step, args.steps))
-        positions = (range(f + i, f + i + self.micro) for f in first for i in range(0, self.share, self.micro))
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = args.workers if args.workers is not None else 0 if self.data.size < 64 else min(8, cores)
-        options = dict(worker_init_fn=leave_signals_to_the_parent, pin_memory=p.device.type == "cuda")
-        options |= dict(batch_sampler=positions, num_workers=workers)
-        loader = iter(torch.utils.data.DataLoader(samples, **options))
-        for _ in range(self.step, args.steps):
-            chunks = []
-            for _ in range(self.share // self.micro):
-                images, labels, places, skipped = next(loader)
-                for i in skipped.nonzero().flatten().tolist():
-                    index = data_index(int(places[i]), len(self.data), samples.seed)
-                    self.data.unreadable[torch.arange(index, index + int(skipped[i])) % len(self.data)] = 1
-                chunks.append((images.to(p.device, non_blocking=True), labels.to(p.device), places))
-            yield chunks
-
-    def optimise(self, losses, chunks: list, rate: float) -> None:
-        """One step at learning rate `rate`: gradients summed over the chunks (micro-batches) and clipped, weights
-        averaged into the EMA. losses(chunk) returns {term: scalar}: together the loss, and summed over chunks and
-        averaged over processes the batch's. Raises FloatingPointError, naming step and cause, before anything not
-        finite can reach weights."""
-        device, world = self.processes.device, self.processes.world
-        self.optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(len(self.terms), device=device)
-        for i, chunk in enumerate(chunks):
-            with contextlib.ExitStack() as contexts:
-                if device.type == "cpu":  # the fused attention's backward is slower there: 15% of a tiny step
-                    contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
-                if world > 1 and i + 1 < len(chunks):  # gradients are exchanged once a step, with the last chunk
-                    contexts.enter_context(self.parallel.no_sync())
-                with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    found = losses(chunk)
-                loss = sum(found.values())
-                (self.scaler.scale * loss).backward()
-            totals += torch.stack([loss, *(found[name] for name in self.terms[1:])]).detach().float()
-        if self.scaler.enabled:
-            torch._foreach_mul_([p.grad for p in self.model.parameters() if p.grad is not None], 1 / self.scaler.scale)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-
-        # One message a step, the same for all: has a signal come, is the loss not finite, is the gradient?
-        flags = torch.stack((torch.full_like(norm, self.received), ~totals[0].isfinite(), ~norm.isfinite()))
-        self.signal, bad_loss, bad_norm = (int(flag) for flag in self.processes.reduce(flags, "MAX").tolist())
-        norm = norm.item()
-        if bad_loss or bad_norm and (not self.scaler.enabled or self.scaler.scale < 1e-3):
-            values = (self.processes.reduce(totals) / world).tolist()
-            what = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.terms, values))
-            what = f"step {self.step + 1}: not finite ({what}, gradient norm {norm:.4g})"
-            advice = "A lower --lr, a longer --warmup or another --precision may help"
-            raise FloatingPointError(f"{what}; {self.folder} holds checkpoints from before it. {advice}")
-        if self.scaler.takes(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            if self.ema:
-                self.ema.update(self.model)
-            self.sums[-1] += norm
-        self.sums[:-1] += totals.double().cpu()
-
-    def due(self, every: int) -> bool:
-        """Whether the step that is being finished is one of every `every`, or the last."""
-        return (self.step + 1) % every == 0 or self.step + 1 == self.args.steps
-
-    def row(self) -> dict | None:
-        """A row of log.csv, means over the steps since the one before, if one is due or a picture is; else None."""
-        if not self.due(self.args.log_every) and not self.due(self.args.picture_every):
-            return None
-        p, done, (before, since) = self.processes, self.step + 1, self.clock
-        means = p.reduce(self.sums) / p.world / (done - self.since)
-        row = {"step": done} | dict(zip([*self.terms, "grad_norm"], means.tolist()))
-        row |= {"lr": self.optimizer.param_groups[0]["lr"], "skipped": self.scaler.skipped}  # steps that overflowed
-        row["images_per_s"] = self.args.batch * (done - before) / (time.time() - since)
-        if p.device.type == "cuda":
-            row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            import resource  # which Windows does not have
-
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on a Mac bytes
-            row["memory_mb"] = peak / (2**20 if sys.platform == "darwin" else 2**10)
-        if self.data is not None:
-            self.data.unreadable = p.reduce(self.data.unreadable, "MAX")
-            row["unreadable"] = int(self.data.unreadable.sum())
-            self.data.refuse_if_corrupt()
-        self.sums.zero_()
-        self.since = done
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
-        return row
-
-    def log(self, row: dict) -> None:
-        """Appends a row to log.csv; columns without a value stay empty."""
-        if self.processes.rank == 0:
-            row = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            with open(self.folder / "log.csv", "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-        self.clock = (self.step + 1, time.time())  # pictures and measurements do not count as training
-
-    def _cut_log(self) -> None:
-        """log.csv goes back to the checkpoint's step: what was logged after it will happen again."""
-        path, rows, text = self.folder / "log.csv", [], io.StringIO()
-        if self.step and path.exists():
-            with open(path, newline="", errors="replace") as file:
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit()]
-        writer = csv.DictWriter(text, self.columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(row for row in rows if int(row["step"]) <= self.step)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-    def save(self) -> None:
-        """Writes last.pt; the one before becomes previous.pt, and every --keep-every steps one stays as step-N.pt.
-        last.pt is whole at every moment."""
-        sums = self.processes.reduce(self.sums) / self.processes.world
-        if self.processes.rank > 0:
-            return
-        training = {"step": self.step, "since": self.since, "sums": sums, "settings": self.settings}
-        training |= {"optimizer": self.optimizer.state_dict(), "scaler": vars(self.scaler)}
-        training["ema_updates"] = self.ema.updates if self.ema else 0
-        new, last = self.folder / "new.pt", self.folder / "last.pt"
-        save_checkpoint(new, self.model, self.ema.model if self.ema else None, training)
-        if last.exists():
-            _second_name(last, self.folder / "previous.pt")
-        os.replace(new, last)
-        if self.args.keep_every and self.step % self.args.keep_every == 0:
-            _second_name(last, self.folder / f"step-{self.step}.pt")
-
-    def _restore(self) -> None:
-        """Goes on bit for bit from last.pt or, if that is not whole, previous.pt; in a new folder does nothing."""
-        problems = []
-        for path in (self.folder / "last.pt", self.folder / "previous.pt"):
-            if not path.exists():
+    def walk(here: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+        for path in here.iterdir():
+            if path.name.startswith((".", "__MACOSX")):
                 continue
-            try:
-                checkpoint = read_checkpoint(path)
-            except ValueError as error:
-                problems.append(str(error))
-                continue
-            training = checkpoint.get("training", {})
-            before = training.get("settings", {})
-            new = [f"{k} was {before.get(k)}, is {v}" for k, v in self.settings.items() if before.get(k) != v][:6]
-            if new:
-                raise ValueError(f"{path}: another run ({'; '.join(new)}); choose another --out, or --resume never")
-            self.model.load_state_dict(checkpoint["model"])
-            if self.ema:
-                self.ema.model.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
-                self.ema.updates = training["ema_updates"]
-            self.optimizer.load_state_dict(training["optimizer"])
-            vars(self.scaler).update(training["scaler"] | {"enabled": self.scaler.enabled})
-            self.step, self.sums, self.since = training["step"], training["sums"].clone(), training["since"]
-            return
-        if problems:
-            raise ValueError("; ".join(problems))
+            if path.is_dir():
+                if path.resolve() not in above:
+                    yield from walk(path, (*above, path.resolve()))
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                yield path
 
-
-def _second_name(path: Path, name: Path) -> None:
-    """Gives a file a second name, in place of what had it; a copy where the file system knows no links."""
-    temporary = name.with_name(f"{name.name}.{os.getpid()}.tmp")
-    try:
-        os.link(path, temporary)
-    except OSError:
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, name)
+    found = sorted(path.relative_to(folder).as_posix() for path in walk(Path(folder), (Path(folder).resolve(),)))
+    require(bool(found), f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found

@@ -9,7 +9,6 @@ The authors' released weights:   python sample.py --ckpt D-AR-XL-360K.pt --token
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -17,7 +16,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -218,28 +217,6 @@ def save_picture(picture: Image.Image, file: Path, **options) -> None:
 # 1 once it is in the .npy. The pictures of a --folder go to their places at once; its .part has no .npy.
 
 
-def alone(processes: dar.Processes, action: Callable[[], None]) -> None:
-    """Runs action in the first process while the others wait. If it fails all end, and the first one says why."""
-    (device, rank, world), error = processes, None
-    try:
-        if rank == 0:
-            action()
-    except (ValueError, OSError) as caught:
-        error = caught
-    failed = torch.tensor(error is not None, dtype=torch.int32, device=device)
-    if world > 1:
-        torch.distributed.broadcast(failed, 0)
-    if failed:
-        raise error or SystemExit(2)
-
-
-def fingerprint(models: list[torch.nn.Module]) -> str:
-    digest = hashlib.sha256(str([model.config for model in models]).encode())
-    for value in (value for model in models for value in model.state_dict().values()):
-        digest.update(value.flatten().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()[:16]
-
-
 def begin_set(files: list[Path], part: Path, shape: tuple[int, ...], args) -> None:
     """Creates the part folder, or finds that it holds this very set. Raises ValueError naming what is in the way."""
     names = vars(args).keys() - {"ckpt", "tokenizer", "out", "npz", "reference_npz", "folder", "save_bundle"}
@@ -276,7 +253,7 @@ def fill_set(files, shape, args, draw, processes, labels=None, summary=lambda ar
     labels: numbers -> classes. summary is called in the end with the uint8 arrays of the .npz files."""
     (_, rank, world), num, batch = processes, shape[0], args.batch
     part, batches = files[0].with_name(files[0].name + ".part"), -(-num // batch)
-    alone(processes, lambda: begin_set(files, part, shape, args))
+    processes.first_alone(lambda: begin_set(files, part, shape, args))
     arrays = [np.load(part / f"{i}.npy", "r+") for i, file in enumerate(files) if file.suffix == ".npz"]
     done = (part / "done").read_bytes()
     head, before = len(done) - batches, min(done.count(1) * batch, num)
@@ -382,10 +359,8 @@ def main() -> None:
         dar.save_checkpoint(args.save_bundle, ar, dtype=DTYPES.get(args.dtype))
         return print(f"wrote {args.save_bundle}")
     models = [tokenizer] if ar is None else [ar, tokenizer]
-    args.weights = fingerprint(models) if args.npz or args.folder else None
-    for model in models:
-        dar.compile_for_sampling(model) if args.compile else dar.pack_linears(model)
-    dar.keep_freed_memory()
+    args.weights = dar.fingerprint(models) if args.npz or args.folder else None
+    dar.prepare_for_sampling(models[0], args.compile)
     if args.reconstruct:
         reconstruct(tokenizer, args, processes)
     elif args.npz or args.folder:

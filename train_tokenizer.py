@@ -10,7 +10,6 @@ The same command again goes on where the run stopped, with any number of process
 weights inside), RUN/log.csv the losses, RUN/*.png originals beside what comes back.
 """
 
-import argparse
 import dataclasses
 import functools
 import warnings
@@ -18,52 +17,45 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import dar
+import training
+from training import option
 
 # "v1" and "lite" are the paper's (section 5, appendix III); "tiny" and "cifar10" are ours, found by trials (README).
 # lpips and repa are the weights of these losses in eq. 7.
 PAPER = dict(lr=2e-4, warmup=5000, codebook_warmup=0, times=1, decay=0.0, lpips=0.5, repa=0.5)
+OURS = dict(batch=32, lr=1.5e-3, warmup=100, codebook_warmup=200, times=2, decay=0.5, lpips=0.0, repa=0.0)
 RECIPES = {
     "v1": PAPER | dict(batch=1024, steps=210_000),
     "lite": PAPER | dict(batch=256, steps=50_000),
-    "tiny": dict(
-        batch=32, steps=2800, lr=1.5e-3, warmup=100, codebook_warmup=200, times=2, decay=0.5, lpips=0.0, repa=0.0
-    ),
+    "tiny": OURS | dict(steps=2800),
+    "cifar10": OURS | dict(steps=5000),
 }
-RECIPES["cifar10"] = RECIPES["tiny"] | dict(steps=5000)
 WARMUP_NOISE = 0.18  # a standard deviation: about 0.5 in 8 dimensions, how far 1024 spread codes are from a feature
-DINOV2 = "facebookresearch/dinov2"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    dar.add_training_arguments(parser, dar.TOKENIZER_PRESETS)
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change fields of the preset, e.g. num_groups=4")
-    add("--times", type=int, help="diffusion times drawn for each encoded image (default: the preset's)")
-    add("--codebook-warmup", type=int, help="steps before tokens are quantized (default: the preset's)")
-    add("--decay", type=float, help="last share of the steps over which the rate falls to 0 (default: the preset's)")
-    add("--no-flip", action="store_true", help="do not mirror images at random")
-    add("--lpips", type=float, metavar="WEIGHT", help="of the LPIPS loss; 0: without (default: the preset's)")
-    add("--repa", type=float, metavar="WEIGHT", help="of the REPA loss; 0: without (default: the preset's)")
-    add("--lpips-net", metavar="FILE", help="an experiments/classifier.py instead of VGG-16, for images of 32 pixels")
-    add("--vgg", metavar="FILE", help="torchvision's VGG-16 weights for LPIPS (default: fetched by torch.hub)")
-    add("--dinov2", metavar="FILE", help="DINOv2 ViT-B/14 weights for REPA (default: fetched by torch.hub)")
-    add("--dinov2-repo", metavar="DIR", help="a clone of DINOv2's repository (default: fetched by torch.hub)")
-    add("--init", metavar="FILE", help="start from this tokenizer's averaged weights, without codebook warm-up")
-    add("--prefetch", action="store_true", help="download what LPIPS and REPA need, say where it lies, and stop")
-    args = parser.parse_args()
-    if not args.prefetch:
-        recipe = RECIPES[args.preset] | ({"codebook_warmup": 0} if args.init else {})
-        if args.lpips_net and not (recipe["lpips"] if args.lpips is None else args.lpips):
-            raise ValueError(f"--lpips-net {args.lpips_net}: has no effect without a weight, --lpips 0.5, say")
-        dar.check_training_arguments(args, recipe, times=1, codebook_warmup=0, decay=0, lpips=0, repa=0)
-    return args
+@dataclasses.dataclass
+class Arguments(training.Arguments):
+    preset: str = option("model and recipe: the numbers not given here (default: tiny)", "tiny", choices=[*RECIPES])
+    set: tuple[str, ...] = option("change the preset's fields, e.g. num_groups=4", (), nargs="+", metavar="FIELD=VALUE")
+    times: int | None = option("diffusion times drawn for each encoded image (default: the recipe's)", least=1)
+    codebook_warmup: int | None = option("steps before tokens are quantized (default: the recipe's)", least=0)
+    decay: float | None = option("last share of the steps, over which the rate falls to 0", least=0, most=1)
+    no_flip: bool = option("do not mirror images at random", False)
+    lpips: float | None = option("weight of the LPIPS loss; 0: without (default: the recipe's)", least=0)
+    repa: float | None = option("weight of the REPA loss; 0: without (default: the recipe's)", least=0)
+    lpips_net: str | None = option("an experiments/classifier.py instead of VGG-16, for images of 32 pixels")
+    vgg: str | None = option("torchvision's VGG-16 weights for LPIPS (default: fetched by torch.hub)")
+    dinov2: str | None = option("DINOv2 ViT-B/14 weights for REPA (default: fetched by torch.hub)")
+    dinov2_repo: str | None = option("a clone of DINOv2's repository (default: fetched by torch.hub)")
+    init: str | None = option("start from this tokenizer's averaged weights, without codebook warm-up")
+    prefetch: bool = option("download what LPIPS and REPA need, say where it lies, and stop", False)
 
 
-def build_config(args: argparse.Namespace) -> dar.TokenizerConfig:
+def build_config(args: Arguments) -> dar.TokenizerConfig:
     config, changes = dar.TOKENIZER_PRESETS[args.preset], {}
     kinds = {f.name: type(getattr(config, f.name)) for f in dataclasses.fields(config)}
     for item in args.set:
@@ -77,12 +69,12 @@ def build_config(args: argparse.Namespace) -> dar.TokenizerConfig:
     config = dataclasses.replace(config, **changes)
     if args.repa and config.repa_layer is None:
         raise ValueError(f"--repa {args.repa}: the {args.preset} model has no REPA head; add --set repa_layer=4, say")
+    if args.lpips_net and not args.lpips:
+        raise ValueError(f"--lpips-net {args.lpips_net}: has no effect without a weight, --lpips 0.5, say")
     return config
 
 
-# Data and randomness: everything random about a sample follows from (seed, position).
-
-
+# Everything random about a sample follows from the training's seed and the sample's number (its position).
 def random_crop(image, rng: np.random.Generator, size: int, flip: bool):
     """ADM's augmentation: short side to 1-1.25 x size, a random square, a random mirror; images that have the wanted
     size, and small ones (CIFAR-10), are only mirrored."""
@@ -94,7 +86,7 @@ def random_crop(image, rng: np.random.Generator, size: int, flip: bool):
             image = dar.shrink(image, larger)
             x, y = rng.integers(0, image.width - size + 1), rng.integers(0, image.height - size + 1)
             image = image.crop((x, y, x + size, y + size))
-    return image.transpose(dar.Image.FLIP_LEFT_RIGHT) if flip and rng.random() < 0.5 else image
+    return image.transpose(Image.FLIP_LEFT_RIGHT) if flip and rng.random() < 0.5 else image
 
 
 def draw_times(seed: int, positions: Tensor, count: int, device: torch.device) -> Tensor:
@@ -118,12 +110,7 @@ def kept_tokens(s: Tensor, config: dar.TokenizerConfig) -> Tensor:
     return (groups * config.group_size).sum()
 
 
-# The two losses of eq. 7 that look through a frozen network
-
-
-def check_file(path: str | None, argument: str) -> None:
-    if path is not None and not dar.Path(path).exists():
-        raise FileNotFoundError(f"{argument} {path}: no such file or folder")
+# The frozen networks of eq. 7
 
 
 def load_weights(net: nn.Module, path: str, rename=lambda name: name) -> None:
@@ -136,69 +123,123 @@ def load_weights(net: nn.Module, path: str, rename=lambda name: name) -> None:
         raise ValueError(f"{path}: not the weights of {type(net).__name__} ({reason})") from None
 
 
+def load_frozen(load, what: str, arguments: str) -> nn.Module:
+    """load(), without its warnings. Raises OSError with advice if there is no internet, or a damaged file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load()
+    except Exception as error:  # a damaged file can fail in any way there is
+        reason = f"cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        prefetch = f"delete what is damaged in {torch.hub.get_dir()} and run --prefetch"
+        raise OSError(f"{what} {reason}; {prefetch}, or give {arguments}") from None
+
+
 def load_lpips(vgg: str | None, classifier: str | None = None) -> nn.Module:
     """LPIPS (VGG, v0.1), frozen: (images, images) in [-1, 1] -> [B, 1, 1, 1]. vgg: torchvision's file, else fetched.
     classifier: the file of a small classifier whose features are compared instead, -> [B]."""
     if classifier is not None:
-        from experiments.classifier import PerceptualDistance, load_classifier
-
         return PerceptualDistance(load_classifier(classifier, "cpu")).eval()
     import lpips
 
-    check_file(vgg, "--vgg")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lpips calls torchvision in a way that is deprecated
-        try:
-            net = lpips.LPIPS(net="vgg", pnet_rand=vgg is not None, verbose=False)
-        except OSError as error:
-            raise OSError(f"LPIPS: VGG-16 cannot be fetched ({error}); run --prefetch, or give --vgg FILE") from None
-    if vgg is not None:
-        load_weights(
-            net.net, vgg, lambda name: "features." + name.split(".", 1)[1]
-        )  # slice2.5.weight: features.5.weight
+    options = dict(net="vgg", pnet_rand=vgg is not None, verbose=False)
+    net = load_frozen(lambda: lpips.LPIPS(**options), "LPIPS: VGG-16", "--vgg FILE")
+    if vgg is not None:  # slice2.5.weight is torchvision's features.5.weight
+        load_weights(net.net, vgg, lambda name: "features." + name.split(".", 1)[1])
     return net.requires_grad_(False).eval()
 
 
 def load_dinov2(repo: str | None, weights: str | None) -> nn.Module:
     """DINOv2 ViT-B/14, frozen, through torch.hub: from a local clone and a weights file where they are given."""
-    check_file(repo, "--dinov2-repo")
-    check_file(weights, "--dinov2")
-    source = dict(source="local") if repo else dict(source="github", trust_repo=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DINOv2 remarks that xFormers is not there
-            net = torch.hub.load(repo or DINOV2, "dinov2_vitb14", pretrained=weights is None, verbose=False, **source)
-    except (OSError, RuntimeError, ImportError) as error:
-        raise OSError(
-            f"REPA: DINOv2 cannot be loaded ({str(error).splitlines()[0]}); run --prefetch, or give --dinov2-repo DIR "
-            "(a clone of github.com/facebookresearch/dinov2) and --dinov2 FILE (its dinov2_vitb14_pretrain.pth)"
-        ) from None
+    name, options = "facebookresearch/dinov2", dict(pretrained=weights is None, verbose=False)
+    options |= dict(source="local") if repo else dict(source="github", trust_repo=True)
+    arguments = f"--dinov2-repo DIR (a clone of github.com/{name}) and --dinov2 FILE (its weights)"
+    net = load_frozen(lambda: torch.hub.load(repo or name, "dinov2_vitb14", **options), "REPA: DINOv2", arguments)
     if weights is not None:
         load_weights(net, weights)
     return net.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def dinov2_features(net: nn.Module, images: Tensor, grid: int) -> Tensor:
+def dinov2_features(net: nn.Module, grid: int, images: Tensor) -> Tensor:
     """Images [B, 3, H, W] in [-1, 1] -> patch features [B, grid·grid, 768]; DINOv2 sees 14 pixels a side for each."""
     mean, std = (images.new_tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     images = F.interpolate((images + 1) / 2, (14 * grid, 14 * grid), mode="bicubic")
     return net.forward_features((images - mean) / std)["x_norm_patchtokens"]
 
 
-def repa_loss(features: Tensor, target: Tensor) -> Tensor:
-    """Eq. 7's alignment: 1 - cosine, a mean over patches; features [B·R, n, 768], target [B, n, 768]."""
-    target = target.float().repeat_interleave(len(features) // len(target), 0)
-    return 1 - F.cosine_similarity(features.float(), target, dim=-1).mean()
+def in_float32(network):
+    """The same function outside autocast: what LPIPS and DINOv2 compare is finer than bfloat16."""
+
+    def function(*images: Tensor) -> Tensor:
+        with torch.autocast(images[0].device.type, enabled=False):
+            return network(*(x.float() for x in images))
+
+    return function
 
 
-def prefetch(args: argparse.Namespace) -> None:
-    load_lpips(args.vgg)
-    load_dinov2(args.dinov2_repo, args.dinov2)
-    print(f"VGG-16 (LPIPS) and DINOv2 (REPA) lie in {torch.hub.get_dir()}; nodes that share it need no internet")
+# A small network in VGG-16's place, for images of 32 pixels; experiments/classifier.py trains it.
+def conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-# Watching
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Classifier(nn.Module):
+    """A residual network of eight convolutions, 1.6M parameters: float [B, 3, 32, 32] in [-1, 1] to logits."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv(3, 32), conv(32, 64), nn.MaxPool2d(2), Residual(conv(64, 64), conv(64, 64)),
+            conv(64, 128), nn.MaxPool2d(2), conv(128, 256), nn.MaxPool2d(2),
+            Residual(conv(256, 256), conv(256, 256)), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Linear(256, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, classes] and the penultimate features [B, 256]."""
+        features = self.body(x)
+        return self.head(features), features
+
+
+def load_classifier(path, device) -> Classifier:
+    """The trained judge, in eval mode. Raises FileNotFoundError or ValueError naming the file."""
+    state = dar.read_checkpoint(path)
+    model = Classifier(len(state.get("head.bias", [0])))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(f"{path}: no classifier; python experiments/classifier.py makes one") from None
+    return model.eval().to(device)
+
+
+class PerceptualDistance(nn.Module):
+    """In the manner of LPIPS: squared distances of two images' features, of length one at each place, averaged over
+    the places and summed over four stages of the network. float [B, 3, 32, 32] in [-1, 1], twice -> [B]."""
+
+    STAGES = 3, 4, 6, 8  # of Classifier.body: 64 channels at 16x16, 128 at 16x16, 256 at 8x8, 256 at 4x4
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.body = classifier.body.requires_grad_(False).eval()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        found = []
+        with torch.autocast(x.device.type, torch.bfloat16, dar.has_fast_bfloat16(x.device)):
+            x = x.to(memory_format=torch.channels_last)
+            for i, layer in enumerate(self.body[: self.STAGES[-1] + 1]):
+                x = layer(x)
+                if i in self.STAGES:
+                    found.append(F.normalize(x.float(), dim=1, eps=1e-3))
+        return found
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        pairs = zip(self.features(images), self.features(references))
+        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs)
 
 
 class CodeUse:
@@ -224,17 +265,18 @@ class CodeUse:
         return {"code_use": seen, "constant_positions": constant.float().mean().item()}
 
 
-def centre_crops(data: dar.ImageData, indices) -> Tensor:
+def load_crops(data: training.ImageData, indices) -> Tensor:
+    """Centre crops of the images with these indices, float32 [n, 3, size, size] in [-1, 1]."""
     return dar.center_crops((data.next_readable(int(i))[0] for i in indices), data.size)
 
 
 @torch.no_grad()
-def held_out(model, data: dar.ImageData, count: int, device, batch: int = 50) -> dict[str, float]:
+def held_out(model, data: training.ImageData, count: int, device, batch: int = 50) -> dict[str, float]:
     """PSNR (ab2, S = K, noise from the image's index) and share of the codebook seen, over `count` images."""
     quality, seen = [], []
     order = np.random.default_rng(0).permutation(len(data))[:count]
     for indices in np.array_split(order, max(1, len(order) // batch)):
-        images = centre_crops(data, indices).to(device)
+        images = load_crops(data, indices).to(device)
         codes = model.encode(images)
         decoded = model.decode(codes, dar.initial_noise(indices.tolist(), data.size, device))
         quality.append(dar.psnr(decoded, images))
@@ -243,75 +285,78 @@ def held_out(model, data: dar.ImageData, count: int, device, batch: int = 50) ->
     return {"val_psnr": torch.cat(quality).mean().item(), "val_code_use": use}
 
 
-def reconstruction_picture(model, data: dar.ImageData, device, count: int = 8):
+def reconstruction_picture(model, data: training.ImageData, device, count: int = 8) -> Image.Image:
     """A row an image: original, the preview after each step, reconstruction."""
     count = min(count, len(data))
-    images = centre_crops(data, (i * len(data) // count for i in range(count))).to(device)
+    images = load_crops(data, (i * len(data) // count for i in range(count))).to(device)
     codes, noise = model.encode(images), dar.initial_noise(list(range(count)), data.size, device)
     columns = [images, *model.previews(codes, noise), model.decode(codes, noise)]
     return dar.tile(torch.stack(columns, 1).flatten(0, 1), len(columns))
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
+def learning_rate(step: int, args: Arguments) -> float:
     """Linear warm-up, then constant (section 5); with --decay it falls to 0 over that last share of the steps."""
     warm = min(1.0, (step + 1) / max(args.warmup, 1))
     return args.lr * warm * min(1.0, (args.steps - step) / max(args.decay * args.steps, 1))
 
 
 @torch.no_grad()
-def start_codebook(model, samples: dar.Samples, position: int, device) -> None:
-    """Ends the codebook warm-up: codes become features of coming samples, the same on every process.
-
-    During it, noise as large as the quantizer's later error makes the encoder spread its features over the sphere.
-    The encoder's gates start at 0, so at first every image gives the same features; quantized from step 0, they are
-    held to the few codes that they happened to be near (4% of the tiny codebook over the first 500 steps).
-    """
+def start_codebook(model, samples: training.Samples, position: int, device) -> None:
+    """Ends the codebook warm-up, in which noise stood for the quantizer's error, so that the encoder spread its
+    features over the sphere: the codes become features of coming samples, the same ones on every process."""
     torch.manual_seed(position)
     count = -(-4 * model.config.codebook_size // model.config.num_tokens)  # four features for each code
     images = torch.stack([samples[position + i][0] for i in range(count)])
-    features = [model.features(dar.to_float(part.to(device))).float().flatten(0, 1) for part in images.split(64)]
+    features = [model.encoder(dar.to_float(part.to(device))).float().flatten(0, 1) for part in images.split(64)]
     features = F.normalize(torch.cat(features), dim=-1)
     chosen = torch.randperm(len(features))[: model.config.codebook_size]
     model.quantize.embedding.weight.copy_(features[chosen.to(device)])
 
 
-def load_initial(path: str, config: dar.TokenizerConfig) -> dict[str, Tensor]:
-    """The weights of a tokenizer of this very shape. Raises ValueError naming the file and a field that differs."""
-    tokenizer = dar.load_tokenizer(path, dtype=torch.float32)
-    for name, value in dataclasses.asdict(config).items():
-        if getattr(tokenizer.config, name) != value:
-            raise ValueError(f"--init {path}: has {name} = {getattr(tokenizer.config, name)}, this run {value}")
-    return tokenizer.state_dict()
-
-
-def main() -> int:
-    args = parse_arguments()
-    if args.prefetch:
-        return prefetch(args)
-    config = build_config(args)
-    processes = dar.Processes.start(dar.pick_device(args.device))
-    device, listing = processes.device, dar.Path(args.out) / "images.list"
-    data = processes.first_alone(lambda: dar.ImageData(args.data, config.image_size, listing=listing))
-    val = dar.ImageData(args.val, config.image_size, held_out=True) if args.val else None
-    perceptual = processes.first_alone(lambda: load_lpips(args.vgg, args.lpips_net).to(device)) if args.lpips else None
-    dinov2 = processes.first_alone(lambda: load_dinov2(args.dinov2_repo, args.dinov2).to(device)) if args.repa else None
-    repa_grid = min(config.image_size // config.diffusion_patch, dar.DiffusionDecoder.REPA_GRID)
-
+def build_model(args: Arguments, config: dar.TokenizerConfig) -> dar.SequentialDiffusionTokenizer:
+    """A fresh tokenizer, or --init's weights. Raises ValueError naming its file and a field in which it differs."""
     torch.manual_seed(args.seed)
-    model = dar.SequentialDiffusionTokenizer(config).to(device)
+    model = dar.SequentialDiffusionTokenizer(config)
     if config.repa_layer is not None and not args.repa:
         model.diffusion.repa_head.requires_grad_(False)
     if args.init:
-        model.load_state_dict(load_initial(args.init, config))
-    ema, trained = dar.EMA(model), [p for p in model.parameters() if p.requires_grad]
+        first = dar.load_tokenizer(args.init, dtype=torch.float32)
+        for name, value in dataclasses.asdict(config).items():
+            if getattr(first.config, name) != value:
+                raise ValueError(f"--init {args.init}: has {name} = {getattr(first.config, name)}, this run {value}")
+        model.load_state_dict(first.state_dict())
+    return model
+
+
+def main() -> int:
+    args = training.parse_arguments(Arguments, __doc__)
+    if args.prefetch:
+        load_lpips(args.vgg), load_dinov2(args.dinov2_repo, args.dinov2)
+        print(f"VGG-16 (LPIPS) and DINOv2 (REPA) lie in {torch.hub.get_dir()}; nodes that share it need no internet")
+        return 0
+    training.check_arguments(args, RECIPES[args.preset] | ({"codebook_warmup": 0} if args.init else {}))
+    config = build_config(args)
+    processes = dar.Processes.start(dar.pick_device(args.device))
+    device = processes.device
+    data = processes.first_alone(lambda: training.ImageData(args.data, config.image_size))
+    val = training.ImageData(args.val, config.image_size, held_out=True) if args.val else None
+    lpips = dinov2 = None
+    if args.lpips:
+        lpips = in_float32(processes.first_alone(lambda: load_lpips(args.vgg, args.lpips_net)).to(device))
+    if args.repa:
+        network = processes.first_alone(lambda: load_dinov2(args.dinov2_repo, args.dinov2)).to(device)
+        grid = min(config.image_size // config.diffusion_patch, dar.DiffusionDecoder.REPA_GRID)
+        dinov2 = in_float32(functools.partial(dinov2_features, network, grid))
+
+    model = build_model(args, config).to(device)
+    ema, trained = training.EMA(model), [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, 0.95), fused=device.type == "cuda")
     settings = {f"model {k}": v for k, v in dataclasses.asdict(config).items()}
-    settings |= {"data": data.digest, "flip": not args.no_flip, "times": args.times, "lpips": args.lpips}
-    settings |= {"repa": args.repa, "codebook_warmup": args.codebook_warmup, "lpips_net": bool(args.lpips_net)}
-    terms = ["fm", "vq", "commit"] + ["lpips"] * (args.lpips > 0) + ["repa"] * (args.repa > 0)
-    columns = ["code_use", "constant_positions", "val_psnr", "val_code_use"]
-    run = dar.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns)
-    use = CodeUse(config, processes)
+    same = "times", "no_flip", "lpips", "repa", "lpips_net", "codebook_warmup", "init"
+    settings |= {"data": data.digest} | {name: getattr(args, name) for name in same}
+    terms = ["fm", "vq", "commit"] + ["lpips"] * (lpips is not None) + ["repa"] * (dinov2 is not None)
+    columns, use = ["code_use", "constant_positions", "val_psnr", "val_code_use"], CodeUse(config, processes)
+    run = training.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns)
 
     def losses(chunk) -> dict[str, Tensor]:
         """Eq. 7 for a micro-batch. Its terms are means over the global batch once they are summed over micro-batches
@@ -321,23 +366,18 @@ def main() -> int:
         noise = sample_noise(args.seed, positions, (args.times, *images.shape[1:]), device)
         code_noise = None
         if run.step < args.codebook_warmup:
-            shape = (config.num_tokens, config.code_dim)
-            code_noise = WARMUP_NOISE * sample_noise(args.seed + 1, positions, shape, device)
+            code_shape = config.num_tokens, config.code_dim
+            code_noise = WARMUP_NOISE * sample_noise(args.seed + 1, positions, code_shape, device)
         out = run.parallel(images, s, noise, code_noise)
         use.add(out["codes"])
+        target = dinov2(images) if dinov2 else None
+        found = dar.tokenizer_loss(out, images, lpips, args.lpips, target, args.repa)
         share, part = len(images) / run.share, out["kept"] * processes.world / kept
-        found = {"fm": out["fm"] * share, "vq": out["vq"] * part, "commit": out["commit"] * part}
-        if perceptual is not None:
-            with torch.autocast(device.type, enabled=False):
-                distance = perceptual(out["pred_image"], images.repeat_interleave(args.times, 0)).mean()
-            found["lpips"] = args.lpips * distance * share
-        if dinov2 is not None:
-            found["repa"] = args.repa * repa_loss(out["repa"], dinov2_features(dinov2, images, repa_grid)) * share
-        return found
+        return {name: loss * (part if name in ("vq", "commit") else share) for name, loss in found.items()}
 
     flip = functools.partial(random_crop, size=config.image_size, flip=not args.no_flip)
-    samples = dar.Samples(data, flip, args.seed)
-    for step, chunks in zip(run.steps(), run.batches(samples)):
+    samples = training.Samples(data, flip, args.seed)
+    for step, chunks in run.steps(samples):
         if step == args.codebook_warmup > 0:
             start_codebook(model, samples, step * args.batch, device)
             start_codebook(ema.model, samples, step * args.batch, device)
@@ -351,7 +391,7 @@ def main() -> int:
                 reconstruction_picture(ema.model, val or data, device).save(run.folder / f"step-{step + 1}.png")
                 row |= held_out(ema.model, val, 250, device) if val else {}
             run.log(row)
-    return run.exit_code
+    return 128 + run.signal if run.signal else 0
 
 
 if __name__ == "__main__":

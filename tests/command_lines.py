@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import dar
+import training
 
 ROOT = Path(dar.__file__).parent
 PROBE = Path(__file__).with_name("probe.py")  # runs a script and looks at it, or kills it, from inside
@@ -43,15 +44,24 @@ def run(*words, cwd=ROOT, code=0, processes=1, probe=False, **more) -> subproces
     return done
 
 
-def start(*words, cwd) -> subprocess.Popen:
-    return subprocess.Popen(command(*words), cwd=cwd, env=environment(), stderr=subprocess.PIPE, text=True)
+def start(*words, cwd, processes: int = 1) -> subprocess.Popen:
+    words = command(*words, processes=processes)
+    return subprocess.Popen(words, cwd=cwd, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 300) -> None:
+    """Waits until condition() holds, while the process runs."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended: {process.stderr.read()[-3000:]}"
+        assert time.time() < deadline, "it takes too long"
+        time.sleep(0.01)
 
 
 def kill_when(condition, *words, cwd) -> None:
     """Starts a script and kills it, SIGKILL, as soon as condition() holds."""
-    process, deadline = start(*words, cwd=cwd), time.time() + 120
-    while time.time() < deadline and process.poll() is None and not condition():
-        time.sleep(0.01)
+    process = start(*words, cwd=cwd)
+    wait_for(condition, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
@@ -75,4 +85,4 @@ def draw_pictures(folder: Path) -> None:
     """24 pictures of 16 pixels in three classes."""
     for i in range(24):
         (folder / ("ant", "bee", "cat")[i % 3]).mkdir(parents=True, exist_ok=True)
-        dar.draw_shape(i, 16).save(folder / ("ant", "bee", "cat")[i % 3] / f"{i}.png")
+        training.draw_shape(i, 16).save(folder / ("ant", "bee", "cat")[i % 3] / f"{i}.png")

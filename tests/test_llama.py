@@ -93,7 +93,8 @@ def test_attention_equals_its_formula_with_complex_rotations(random_weights):
     q, k = (torch.view_as_complex(y.unflatten(-1, (32, 2)).contiguous()) * turn for y in (q, k))
     scores = (q @ k.conj().transpose(-1, -2)).real / 8 + torch.full((9, 9), -math.inf).triu(1)
     expected = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ attention.wo.weight.T
-    out = attention(x, dar.rope_1d(9, torch.device("cpu")))
+    place = torch.arange(9)
+    out = attention(x, dar.rope_1d(place), dar.causal_mask(place, 9))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -153,43 +154,63 @@ def test_dropout_acts_in_training_alone(make_ar, codes):
 @pytest.mark.parametrize("branch", ["attention", "feed_forward"])
 @torch.no_grad()
 def test_dropout_acts_on_the_outputs_of_attention_and_mlp(random_weights, branch):
-    block, x, rope = random_weights(dar.LlamaBlock(128, 0.25)).train(), torch.randn(4, 32, 128), dar.rope_1d(32, "cpu")
+    block, x, place = random_weights(dar.LlamaBlock(128, 0.25)).train(), torch.randn(4, 32, 128), torch.arange(32)
+    where = dar.rope_1d(place), dar.causal_mask(place, 32)
     other = block.feed_forward.w2 if branch == "attention" else block.attention.wo
     other.weight.zero_()
-    added = block(x, rope) - x
+    added = block(x, *where) - x
     assert (added == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
     kept = added != 0
-    torch.testing.assert_close(added[kept], (block.eval()(x, rope) - x)[kept] / 0.75, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(added[kept], (block.eval()(x, *where) - x)[kept] / 0.75, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
 def test_dropout_acts_on_the_embeddings(make_ar):
     model, x = make_ar(dropout=1.0, layers=0).train(), torch.randn(2, 5, 128)
-    assert torch.equal(model.run(x), torch.zeros_like(x))
-    assert not torch.equal(model.eval().run(x), torch.zeros_like(x))
+    assert torch.equal(model.run(x, torch.arange(5), 5), torch.zeros_like(x))
+    assert not torch.equal(model.eval().run(x, torch.arange(5), 5), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("cuts", [[1] * 33, [33], [12, 1, 1, 19], [1, 31, 1], [5, 4, 24]])
+@pytest.mark.parametrize("ahead", [0, 7])
 @torch.no_grad()
-def test_running_with_a_kv_cache_equals_the_forward_pass(small_ar, codes, cuts):
-    x = small_ar.embed(LABELS, codes)
-    caches = [dar.KVCache(2, 2, 33, x.device, x.dtype) for _ in small_ar.layers]
-    hidden = torch.cat([small_ar.run(part, caches) for part in x.split(cuts, 1)], 1)
-    torch.testing.assert_close(small_ar.output(hidden), small_ar(codes, LABELS), rtol=1e-5, atol=1e-5)
+def test_running_with_a_kv_cache_equals_the_forward_pass(small_ar, codes, cuts, ahead):
+    """Also where places are read that nothing was written to yet."""
+    x, end, logits = small_ar.embed(codes, LABELS), 0, []
+    caches = small_ar.new_caches(2, 40)
+    for part in x.split(cuts, 1):
+        place = torch.arange(end, end + part.shape[1])
+        end += part.shape[1]
+        logits.append(small_ar.next_logits(part, place, end + ahead, caches))
+    expected = small_ar(codes, LABELS)[:, torch.tensor(cuts).cumsum(0) - 1]
+    torch.testing.assert_close(torch.stack(logits, 1), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_recomputing_activations_gives_the_same_gradients(make_ar, codes):
-    gradients, runs = {}, {True: 0, False: 0}
-    for recompute in (False, True):
-        model = make_ar(dropout=0.1).train()
-        model.recompute = recompute
-        model.layers[0].attention.wqkv.register_forward_hook(lambda *_, r=recompute: runs.update({r: runs[r] + 1}))
-        torch.manual_seed(3)  # the same dropout, which the second run must repeat too
-        F.cross_entropy(model(codes[:, :-1], LABELS).flatten(0, 1), codes.flatten()).backward()
-        gradients[recompute] = {name: p.grad for name, p in model.named_parameters()}
-    assert runs == {False: 1, True: 2}
-    for name, gradient in gradients[False].items():
-        torch.testing.assert_close(gradients[True][name], gradient, msg=name)
+def test_a_cache_keeps_what_is_put_and_returns_the_first_places():
+    cache, k, v = dar.KVCache(*torch.zeros(2, 2, 3, 8, 64)), *torch.randn(2, 2, 3, 5, 64)
+    memory = cache.k.data_ptr(), cache.v.data_ptr()
+    for place in (torch.arange(2), torch.tensor([2]), torch.arange(3, 5)):
+        keys, values = cache.put(k[:, :, place], v[:, :, place], place, 6)
+        end = int(place[-1]) + 1
+        assert torch.equal(keys[:, :, :end], k[:, :, :end]) and torch.equal(values[:, :, :end], v[:, :, :end])
+        assert keys.shape[2] == 6 and not keys[:, :, end:].any() and not values[:, :, end:].any()
+        assert (keys.data_ptr(), values.data_ptr()) == memory
+
+
+# The loss, eq. 6
+
+
+def test_the_loss_is_the_mean_of_minus_log_p_of_each_token(small_ar, codes):
+    with torch.no_grad():
+        probability = small_ar(codes, LABELS).softmax(-1)
+    by_hand = [-math.log(probability[b, i, codes[b, i]]) for b in range(2) for i in range(32)]
+    assert dar.ar_loss(small_ar, codes, LABELS).item() == pytest.approx(sum(by_hand) / 64, rel=1e-5)
+
+
+def test_a_dropped_class_is_read_as_no_class(small_ar, codes):
+    loss = dar.ar_loss(small_ar, codes, LABELS, torch.tensor([False, True]), 10)
+    assert torch.equal(loss, dar.ar_loss(small_ar, codes, torch.tensor([3, 10])))
+    assert not torch.equal(loss, dar.ar_loss(small_ar, codes, LABELS))
 
 
 def test_logits_are_float32_whatever_the_weights(make_ar, codes):

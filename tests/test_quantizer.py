@@ -31,14 +31,14 @@ def test_codes_live_on_the_unit_sphere():
 def test_nearest_is_the_brute_force_euclidean_nearest_on_the_sphere():
     vq, f = quantizer(), torch.randn(4, 100, 8) * torch.rand(4, 100, 1)
     distances = (unit(f)[:, :, None] - unit(vq.embedding.weight)).pow(2).sum(-1)  # [4, 100, 64]
-    codes = vq.nearest(f)
+    codes = vq.nearest_code(f)
     assert codes.shape == (4, 100) and codes.dtype == torch.int64
     assert torch.equal(codes, distances.argmin(-1))
 
 
 def test_a_feature_is_nearest_to_the_code_it_points_at():
     vq = quantizer()
-    assert torch.equal(vq.nearest(0.01 * vq.embedding.weight), torch.arange(64))
+    assert torch.equal(vq.nearest_code(0.01 * vq.embedding.weight), torch.arange(64))
 
 
 class LargestBuffer(TorchDispatchMode):
@@ -57,7 +57,7 @@ class LargestBuffer(TorchDispatchMode):
 def test_a_large_batch_is_searched_in_chunks_and_with_the_same_result():
     vq, f = quantizer(16384), torch.randn(64, 256, 8)  # in one piece: 64·256·16384 products, a gigabyte
     with LargestBuffer() as largest:
-        codes = vq.nearest(f)
+        codes = vq.nearest_code(f)
     assert 2**20 < largest.bytes <= 2**28
     for i in (0, 15, 16, 37, 63):
         products = unit(f[i]) @ unit(vq.embedding.weight).T
@@ -68,7 +68,7 @@ def test_a_large_batch_is_searched_in_chunks_and_with_the_same_result():
 def test_z_has_the_value_of_the_nearest_codes():
     vq, f = quantizer(), torch.randn(3, 10, 8)
     z, codes, _, _ = vq(f)
-    assert torch.equal(codes, vq.nearest(f))
+    assert torch.equal(codes, vq.nearest_code(f))
     torch.testing.assert_close(z, vq.codebook()[codes], rtol=0, atol=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_everything_stays_float32_under_bfloat16_autocast():
     z, codes, vq_loss, commit = vq(f)
     with torch.autocast("cpu", torch.bfloat16):
         low_z, low_codes, low_vq, low_commit = vq(f)
-        assert torch.equal(vq.nearest(f), codes)
+        assert torch.equal(vq.nearest_code(f), codes)
         assert torch.equal(vq(f.bfloat16())[0], vq(f.bfloat16().float())[0])
     assert torch.equal(low_codes, codes)  # bfloat16 products would confuse near codes
     for low, full in ((low_z, z), (low_vq, vq_loss), (low_commit, commit)):
@@ -158,4 +158,4 @@ def test_everything_stays_float32_under_bfloat16_autocast():
 
 def test_the_search_leaves_no_autograd_graph():
     vq, f = quantizer(), torch.randn(2, 6, 8, requires_grad=True)
-    assert not vq.nearest(f).requires_grad and not vq(f)[1].requires_grad
+    assert not vq.nearest_code(f).requires_grad and not vq(f)[1].requires_grad

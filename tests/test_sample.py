@@ -40,8 +40,7 @@ def model(tmp_path_factory, make_ar, make_tokenizer) -> Path:
 @pytest.fixture(scope="module")
 def ar(model) -> dar.ARTransformer:
     ar = dar.load_ar(model)  # with packed weights, as the script's: they round otherwise than plain ones
-    dar.pack_linears(ar.tokenizer)
-    return dar.pack_linears(ar)
+    return dar.prepare_for_sampling(ar)
 
 
 @pytest.fixture(autouse=True)
@@ -202,16 +201,16 @@ def test_ctrl_c_says_how_much_is_done(model):
     assert f"{4 * marks(Path('x.npz.part'))} of 800 pictures are done" in log_file().read_text()
 
 
-def test_freed_memory_is_kept_once_the_weights_are_loaded(model):
+@pytest.mark.parametrize("words, compiled", [((), False), (("--compile",), True)])
+def test_loaded_models_are_prepared_once(model, words, compiled):
     calls = []
-    load, pack = dar.load_ar, dar.pack_linears
+    load, prepare = dar.load_ar, dar.prepare_for_sampling
     with (
         patch.object(dar, "load_ar", lambda *args, **kwargs: (calls.append("load"), load(*args, **kwargs))[1]),
-        patch.object(dar, "pack_linears", lambda part: (calls.append("pack"), pack(part))[1]),
-        patch.object(dar, "keep_freed_memory", lambda: calls.append("keep")),
+        patch.object(dar, "prepare_for_sampling", lambda *what: (calls.append(what[1]), prepare(what[0]))[1]),
     ):
-        call("--ckpt", model, "--num", 1)
-    assert calls[:2] == ["load", "pack"] and calls[-1] == "keep" and calls.count("keep") == 1
+        call("--ckpt", model, "--num", 1, *words)
+    assert calls[:2] == ["load", compiled] and calls.count("load") == 1
 
 
 def test_no_generator_is_left_half_way_where_ctrl_c_would_be_lost(model):
@@ -438,18 +437,6 @@ def test_a_prefix_is_run_in_one_pass(model, ar):
     with patch.object(dar.ARTransformer, "run", run):
         call("--ckpt", model, "--prefix-image", "red.png", "--prefix-tokens", 10, "--classes", 1, "--out", "x.png")
     assert lengths == [11] + [1] * 21
-
-
-def test_models_are_packed_or_compiled(model):
-    """What compiling does is tested in test_compile.py."""
-    for words, expected in (((), ["pack", "pack"]), (("--compile",), ["compile", "compile"])):
-        calls = []
-        with (
-            patch.object(dar, "compile_for_sampling", lambda part: calls.append("compile")),  # noqa: B023
-            patch.object(dar, "pack_linears", lambda part: calls.append("pack")),  # noqa: B023
-        ):
-            call("--ckpt", model, "--num", 1, *words)
-        assert calls == expected
 
 
 def test_ctrl_c_leaves_a_picture_of_the_finished_batches(model, ar):

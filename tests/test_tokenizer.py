@@ -160,18 +160,13 @@ def assert_close(a, b):
 # What may know what: encoder
 
 
-def test_the_encoder_mask_of_two_patches_and_three_queries():
-    expected = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert dar.encoder_mask(2, 3, torch.device("cpu")).int().tolist() == expected
-
-
 @torch.no_grad()
 def test_a_query_sees_no_later_query_and_a_patch_sees_none(make_tokenizer):
     tokenizer, images, patches = make_tokenizer(), images_of(), []
     tokenizer.encoder_layers[-1].register_forward_hook(lambda *args: patches.append(args[-1][:, :16]))
-    before = tokenizer.features(images)
+    before = tokenizer.encoder(images)
     tokenizer.query_embedding.weight[10] += 1
-    change = (tokenizer.features(images) - before).abs().amax((0, 2))
+    change = (tokenizer.encoder(images) - before).abs().amax((0, 2))
     assert change[:10].max() < 1e-5 and change[10:].min() > 1e-4
     torch.testing.assert_close(patches[0], patches[1], rtol=0, atol=1e-5)
 
@@ -179,12 +174,12 @@ def test_a_query_sees_no_later_query_and_a_patch_sees_none(make_tokenizer):
 @torch.no_grad()
 def test_every_query_sees_every_patch(small_tokenizer):
     images = images_of(1)
-    before = small_tokenizer.features(images)
+    before = small_tokenizer.encoder(images)
     for row in range(4):
         for column in range(4):
             changed = images.clone()
             changed[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = torch.rand(1, 3, 8, 8)
-            assert (small_tokenizer.features(changed) - before).abs().amax((0, 2)).min() > 1e-4
+            assert (small_tokenizer.encoder(changed) - before).abs().amax((0, 2)).min() > 1e-4
 
 
 @torch.no_grad()
@@ -192,16 +187,16 @@ def test_patches_know_their_place(small_tokenizer):
     images = images_of(1)
     for axis in (2, 3):
         moved = images.roll(8, axis)  # the same patches, each one place further
-        assert (small_tokenizer.features(moved) - small_tokenizer.features(images)).abs().max() > 1e-2
+        assert (small_tokenizer.encoder(moved) - small_tokenizer.encoder(images)).abs().max() > 1e-2
 
 
 @torch.no_grad()
 def test_only_the_first_n_rows_of_the_tables_are_used(make_tokenizer):
     tokenizer, images, codes = make_tokenizer(), images_of(), codes_of()
-    features, z = tokenizer.features(images), tokenizer.condition(codes)
+    features, z = tokenizer.encoder(images), tokenizer.condition(codes)
     tokenizer.query_embedding.weight[32:] += 1
     tokenizer.decoder_embedding.weight[32:] += 1
-    assert torch.equal(tokenizer.features(images), features) and torch.equal(tokenizer.condition(codes), z)
+    assert torch.equal(tokenizer.encoder(images), features) and torch.equal(tokenizer.condition(codes), z)
 
 
 @torch.no_grad()
@@ -209,9 +204,9 @@ def test_encode_is_the_search_for_the_features(small_tokenizer):
     images = images_of(3)
     codes = small_tokenizer.encode(images)
     assert codes.shape == (3, 32) and codes.dtype == torch.int64
-    assert torch.equal(codes, small_tokenizer.quantize.nearest(small_tokenizer.features(images)))
+    assert torch.equal(codes, small_tokenizer.quantize.nearest_code(small_tokenizer.encoder(images)))
     for i in range(3):
-        assert_close(small_tokenizer.features(images[i : i + 1]), small_tokenizer.features(images)[i : i + 1])
+        assert_close(small_tokenizer.encoder(images[i : i + 1]), small_tokenizer.encoder(images)[i : i + 1])
 
 
 # What may know what: causal decoder
@@ -243,15 +238,6 @@ def test_z_prime_of_a_prefix_is_the_prefix_of_z_prime(small_tokenizer):
     z = small_tokenizer.condition(codes)
     for n in (1, 5, 31):
         assert_close(small_tokenizer.condition(codes[:, :n]), z[:, :n])
-
-
-@torch.no_grad()
-def test_z_prime_from_a_cache_equals_one_pass(small_tokenizer):
-    codes = codes_of()
-    z = small_tokenizer.quantize.lookup(codes)
-    caches = [dar.KVCache(2, 2, 32, torch.device("cpu"), torch.float32) for _ in small_tokenizer.decoder_layers]
-    pieces = [small_tokenizer.causal_decoder(piece, caches) for piece in z.split([4, 1, 20, 7], 1)]
-    assert_close(torch.cat(pieces, 1), small_tokenizer.condition(codes))
 
 
 # Decoding
@@ -346,11 +332,12 @@ def test_denoise_hands_out_pictures_as_groups_come_in(small_tokenizer):
     codes, noise, asked = codes_of(), torch.randn(2, 3, 32, 32), []
     groups = (asked.append(k) or codes[:, 4 * k : 4 * k + 4] for k in range(8))
     rounds = []
-    for x, previews in small_tokenizer.denoise(groups, noise):
-        rounds.append((x, previews))
-        assert len(asked) == len(rounds) and torch.is_grad_enabled()
-    assert_close(rounds[-1][0], small_tokenizer.decode(codes, noise))
-    assert_close(torch.stack([p for _, (p,) in rounds]), small_tokenizer.previews(codes, noise))
+    for step in small_tokenizer.denoise(groups, noise):
+        rounds.append(step)
+        assert len(asked) == len(rounds) == len(step.previews) and torch.is_grad_enabled()
+        assert torch.equal(step.codes, codes[:, : 4 * len(rounds)]) and step.preview is step.previews[-1]
+    assert_close(rounds[-1].x, small_tokenizer.decode(codes, noise))
+    assert_close(torch.stack([step.preview for step in rounds]), small_tokenizer.previews(codes, noise))
 
 
 def test_noise_sets_the_size_and_else_the_config_does(small_tokenizer):
@@ -400,7 +387,7 @@ def test_quantizer_losses_count_the_tokens_up_to_the_end_of_the_drawn_group(make
     tokenizer, images = make_tokenizer(group_rule=rule), images_of(3)
     out = tokenizer(images, s=torch.tensor([0.0, 0.32, 0.99]))
     assert out["kept"].item() == sum(kept)
-    f = torch.nn.functional.normalize(tokenizer.features(images), dim=-1)
+    f = torch.nn.functional.normalize(tokenizer.encoder(images), dim=-1)
     squared = (f - tokenizer.quantize.codebook()[out["codes"]]).pow(2).mean(-1)  # [3, 32]
     mean = sum(squared[b, :n].sum() for b, n in enumerate(kept)) / sum(kept)
     assert_close(out["vq"], mean)
@@ -477,27 +464,13 @@ def test_before_there_is_a_codebook_the_features_go_on_with_noise(make_tokenizer
     monkeypatch.setattr(tokenizer, "causal_decoder", lambda z: passed.append(z) or causal_decoder(z))
     code_noise = 0.18 * torch.randn(2, 32, 8)
     out = tokenizer(images, s=torch.tensor([0.4, 0.7]), code_noise=code_noise)
-    f = torch.nn.functional.normalize(tokenizer.features(images), dim=-1)
+    f = torch.nn.functional.normalize(tokenizer.encoder(images), dim=-1)
     assert_close(passed[0], torch.nn.functional.normalize(f + code_noise, dim=-1))
     assert_close(passed[0].norm(dim=-1), torch.ones(2, 32))
     assert torch.equal(out["codes"], tokenizer.encode(images))
     assert out["vq"] == out["commit"] == 0
     out["fm"].backward()
     assert tokenizer.patchify.weight.grad.any() and tokenizer.quantize.embedding.weight.grad is None
-
-
-def test_recomputing_activations_changes_no_gradient(make_tokenizer):
-    tokenizer = make_tokenizer()
-    images, s, noise = images_of(), torch.tensor([0.4, 0.99]), torch.randn(2, 3, 32, 32)
-    gradients = []
-    for recompute in (False, True):
-        tokenizer.recompute = tokenizer.diffusion.recompute = recompute
-        tokenizer.zero_grad()
-        out = tokenizer(images, s, noise)
-        (out["fm"] + out["vq"] + out["commit"]).backward()
-        gradients.append([p.grad.clone() for p in tokenizer.parameters()])
-    for plain, again in zip(*gradients):
-        assert_close(plain, again)
 
 
 def test_losses_are_float32_under_bfloat16_autocast(small_tokenizer):
@@ -509,13 +482,26 @@ def test_losses_are_float32_under_bfloat16_autocast(small_tokenizer):
         assert low[name].dtype == torch.float32 and low[name].item() == pytest.approx(full[name].item(), rel=0.1)
 
 
-def test_a_size_first_seen_under_inference_mode_can_be_trained_on(small_tokenizer):
-    images = torch.rand(1, 3, 24, 56)  # a size that nothing else here uses
-    with torch.inference_mode():
-        small_tokenizer.decode(small_tokenizer.encode(images), torch.randn(1, 3, 24, 56))
-    (gradient,) = torch.autograd.grad(small_tokenizer(images)["fm"], small_tokenizer.patchify.weight)
-    assert gradient.any()
-    assert not dar.encoder_mask(3 * 7, 32, torch.device("cpu")).is_inference()  # which some attention kernels refuse
+# The loss, eq. 7
+
+
+def test_the_terms_of_the_loss_have_their_weights(make_tokenizer):
+    tokenizer, images = make_tokenizer(repa_layer=1), images_of()
+    s, noise, target = torch.rand(2, 3), torch.randn(2, 3, 3, 32, 32), torch.randn(2, 64, 768)
+    out = tokenizer(images, s, noise)
+    plain = dar.tokenizer_loss(out, images)
+    assert list(plain) == ["fm", "vq", "commit"] and all(plain[name] is out[name] for name in plain)
+
+    def distance(predicted, image):  # [B·R, 3, H, W] twice: each time of an image beside that image
+        assert torch.equal(image, images[[0, 0, 0, 1, 1, 1]]) and torch.equal(predicted, out["pred_image"])
+        return (predicted - image).abs().mean((1, 2, 3))
+
+    whole = dar.tokenizer_loss(out, images, distance, 0.5, target, 0.25)
+    assert list(whole) == ["fm", "vq", "commit", "lpips", "repa"]
+    assert_close(whole["lpips"], 0.5 * (out["pred_image"] - images.repeat_interleave(3, 0)).abs().mean())
+    a, b = out["repa"], target[[0, 0, 0, 1, 1, 1]]
+    cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    assert_close(whole["repa"], 0.25 * (1 - cosine.mean()))
 
 
 # Wrong input
@@ -554,7 +540,7 @@ def test_the_group_size_is_n_over_k():
 
 
 @pytest.mark.parametrize(
-    "shape, message", [((2, 3, 32, 30), "30x32"), ((3, 32, 32), "3, 32, 32"), ((2, 1, 32, 32), "1")]
+    "shape, message", [((2, 3, 32, 30), "32, 30"), ((3, 32, 32), "3, 32, 32"), ((2, 1, 32, 32), "1")]
 )
 def test_images_of_a_wrong_shape_are_refused(small_tokenizer, shape, message):
     for call in (small_tokenizer.encode, small_tokenizer):
@@ -563,7 +549,7 @@ def test_images_of_a_wrong_shape_are_refused(small_tokenizer, shape, message):
 
 
 def test_noise_of_a_wrong_shape_is_refused(small_tokenizer):
-    for shape, message in (((2, 3, 32, 30), "30x32"), ((2, 4, 32, 32), "2, 4, 32, 32"), ((2, 3, 0, 0), "0x0")):
+    for shape, message in (((2, 3, 32, 30), "32, 30"), ((2, 4, 32, 32), "2, 4, 32, 32"), ((2, 3, 0, 0), "3, 0, 0")):
         for call in (small_tokenizer.decode, small_tokenizer.previews):
             with pytest.raises(ValueError, match=message):
                 call(codes_of(), torch.zeros(shape))
@@ -572,7 +558,7 @@ def test_noise_of_a_wrong_shape_is_refused(small_tokenizer):
 @pytest.mark.parametrize(
     "codes, message",
     [
-        (torch.zeros(2, 36, dtype=torch.int64), r"36.*n <= 32"),
+        (torch.zeros(2, 36, dtype=torch.int64), r"36.*at most 32"),
         (torch.zeros(32, dtype=torch.int64), r"\[32\]"),
         (torch.zeros(2, 32, dtype=torch.int32), r"int32.*int64"),
         (torch.zeros(2, 32), r"float32.*int64"),
@@ -589,7 +575,7 @@ def test_codes_that_are_none_are_refused(small_tokenizer, codes, message):
 def test_decoding_takes_whole_groups(small_tokenizer):
     for n in (0, 1, 6, 31):
         for call in (small_tokenizer.decode, small_tokenizer.previews):
-            with pytest.raises(ValueError, match=f"{n} codes"):
+            with pytest.raises(ValueError, match=rf"{n}\]: decoding takes whole groups of 4"):
                 call(codes_of(n=n))
 
 

@@ -96,7 +96,7 @@ def test_the_codebook_starts_as_features_of_coming_samples(make_tokenizer):
     samples = dar.Samples(dar.ImageData("shapes", 32), lambda image, rng: image, seed=0)
     train_tokenizer.start_codebook(tokenizer, samples, 40, CPU)
     images = dar.to_float(torch.stack([samples[40 + i][0] for i in range(8)]))  # 8 x 32 features for 64 codes
-    features = torch.nn.functional.normalize(tokenizer.features(images), dim=-1).flatten(0, 1)
+    features = torch.nn.functional.normalize(tokenizer.encoder(images), dim=-1).flatten(0, 1)
     same = torch.isclose(tokenizer.quantize.codebook()[:, None], features, atol=1e-5).all(-1)  # [64, 256]
     assert (same.sum(1) >= 1).all() and len(same.int().argmax(1).unique()) > 60
     assert not torch.equal(same.int().argmax(1), torch.arange(64))  # drawn at random
