@@ -1283,7 +1283,7 @@ def check_tokenizer_config(c: TokenizerConfig) -> None:
     require(n <= rows, f"N = {n} tokens, but the tables have max_tokens = {rows} rows")
     inside = c.repa_layer is None or c.repa_layer < depth
     require(inside, f"repa_layer = {c.repa_layer} must be below diffusion_layers = {depth}")
-    condition_group(0.0, k, c.group_rule)
+    require(c.group_rule in ("ceil", "nearest"), f"group_rule = {c.group_rule!r}: expected 'ceil' or 'nearest'")
 
 
 def check_same_tokens(ar: ARConfig, tokenizer: TokenizerConfig) -> None:
@@ -1404,11 +1404,14 @@ def pack_linears(model: nn.Module) -> None:
             linear.forward = lambda x, rest=rest: torch.ops.mkldnn._linear_pointwise(x, *rest)
 
 
+HAS_AMX = torch.cpu._is_amx_tile_supported()
+
+
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """attend by torch's kernel. In bfloat16 on a CPU plain products are 2 to 9 times as fast as its backward pass, and
     as its forward pass where the processor has no matrix unit (AMX)."""
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if not slow or not torch.is_grad_enabled() and torch.cpu._is_amx_tile_supported():
+    if not slow or HAS_AMX and not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if q.shape[2] == 1:  # a matrix times a vector reads the cached keys where they lie; the loop below would copy them
         scores = (k @ q.transpose(-1, -2) / HEAD_DIM**0.5).transpose(-1, -2)

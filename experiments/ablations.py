@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dar
 import train_tokenizer
+import training
 
 # K < 8 is sampled in 8 steps, as in the paper's Table 7; otherwise S = K.
 ROWS = {
@@ -50,7 +51,7 @@ def main() -> int | None:
         if done.returncode:  # it has said why
             return done.returncode
         tokenizer = dar.load_tokenizer(folder / "last.pt", device)
-        data = dar.ImageData(args.val, tokenizer.config.image_size, held_out=True)
+        data = training.ImageData(args.val, tokenizer.config.image_size, held_out=True)
         found = train_tokenizer.held_out(tokenizer, data, args.num, device)
         table.append(f"| {name} | {found['val_psnr']:.2f} | {found['val_code_use']:.1%} |")
         print(table[-1], flush=True)

@@ -57,7 +57,7 @@ def main() -> None:
     labels = torch.arange(args.num, device=device) % 1000
     for name in args.dtypes:
         llama = copy.deepcopy(ar).to(device, getattr(torch, name))
-        drawn, llama = {}, dar.pack_linears(llama)  # as sample.py draws
+        drawn, llama = {}, dar.prepare_for_sampling(llama)  # as sample.py draws
         for batch in (16, 1):
             parts = tqdm(range(0, args.num, batch), desc=f"{name}, batch {batch}", unit="batch")
             cut = ((labels[i : i + batch], list(range(i, min(i + batch, args.num)))) for i in parts)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import dar
 import fid
 import sample
+import training
 
 GUIDANCE = {"none": None, "2": (2.0, 2.0), "4": (4.0, 4.0), "8": (8.0, 8.0), "1.1 → 8": (1.1, 8.0)}
 SHOWN = "4"  # sample.py's default, of which Table 5 shows the parts
@@ -90,9 +91,8 @@ def main() -> None:
     device = dar.pick_device(args.device)
     model = classifier.load_classifier(args.classifier, device)
     ar = dar.load_ar(args.ckpt, device, torch.bfloat16 if dar.has_fast_bfloat16(device) else torch.float32)
-    dar.pack_linears(ar), dar.pack_linears(ar.tokenizer)
-    dar.keep_freed_memory()
-    test, train = dar.ImageData(args.test, 32, held_out=True), dar.ImageData(args.train, 32)
+    dar.prepare_for_sampling(ar)
+    test, train = training.ImageData(args.test, 32, held_out=True), training.ImageData(args.train, 32)
     if not ar.class_names == test.class_names == train.class_names:
         raise ValueError(f"{args.ckpt}, {args.test} and {args.train} do not have the same classes")
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: args.num]

@@ -18,42 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import dar
-
-FEATURES = 256
-
-
-def conv(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+import training
+from train_tokenizer import Classifier, load_classifier  # noqa: F401 (cifar10_tables.py takes it from here)
 
 
-class Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-class Classifier(nn.Module):
-    """A residual network of eight convolutions, 1.6M parameters: float [B, 3, 32, 32] in [-1, 1] to logits."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            conv(3, 32), conv(32, 64), nn.MaxPool2d(2), Residual(conv(64, 64), conv(64, 64)),
-            conv(64, 128), nn.MaxPool2d(2), conv(128, FEATURES), nn.MaxPool2d(2),
-            Residual(conv(FEATURES, FEATURES), conv(FEATURES, FEATURES)), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
-        )  # fmt: skip
-        self.head = nn.Linear(FEATURES, num_classes)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, classes] and the penultimate features [B, 256]."""
-        features = self.body(x)
-        return self.head(features), features
-
-
-def all_images(data: dar.ImageData) -> Tensor:
+def all_images(data: training.ImageData) -> Tensor:
     """uint8 [n, 3, 32, 32]."""
     parts = (range(start, min(start + 1000, len(data))) for start in range(0, len(data), 1000))
     return torch.cat(
@@ -69,42 +42,6 @@ def shifted_and_mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = torch.where(draws[2] == 1, columns.flip(2), columns)
     padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
     return padded[torch.arange(count)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
-
-
-def load_classifier(path: str | Path, device) -> Classifier:
-    """The trained judge, in eval mode. Raises FileNotFoundError or ValueError naming the file."""
-    state = dar.read_checkpoint(path)
-    model = Classifier(len(state.get("head.bias", [0])))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError:
-        raise ValueError(f"{path}: no classifier; python experiments/classifier.py makes one") from None
-    return model.eval().to(device)
-
-
-class PerceptualDistance(nn.Module):
-    """In the manner of LPIPS: squared distances of two images' features, of length one at each place, averaged over
-    the places and summed over four stages of the network. float [B, 3, 32, 32] in [-1, 1], twice -> [B]."""
-
-    STAGES = 3, 4, 6, 8  # of Classifier.body: 64 channels at 16x16, 128 at 16x16, 256 at 8x8, 256 at 4x4
-
-    def __init__(self, classifier: Classifier):
-        super().__init__()
-        self.body = classifier.body.requires_grad_(False).eval()
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        found = []
-        with torch.autocast(x.device.type, torch.bfloat16, dar.has_fast_bfloat16(x.device)):
-            x = x.to(memory_format=torch.channels_last)
-            for i, layer in enumerate(self.body[: self.STAGES[-1] + 1]):
-                x = layer(x)
-                if i in self.STAGES:
-                    found.append(F.normalize(x.float(), dim=1, eps=1e-3))
-        return found
-
-    def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        pairs = zip(self.features(images), self.features(references))
-        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs)
 
 
 @torch.no_grad()
@@ -130,7 +67,7 @@ def main() -> None:
         raise ValueError(f"--epochs {args.epochs} --batch {args.batch}: expected at least 1 of each")
     device, out = dar.pick_device(args.device), Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    data, val = dar.ImageData(args.data, 32), dar.ImageData(args.val, 32, held_out=True)
+    data, val = training.ImageData(args.data, 32), training.ImageData(args.val, 32, held_out=True)
     if data.class_names != val.class_names:
         raise ValueError(f"{args.val}: other classes than {args.data}")
     if len(data) < args.batch:

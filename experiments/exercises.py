@@ -38,7 +38,9 @@ EXERCISES = [
         ["shift_time", "condition_group", "interpolate", "jump_estimate", "sampling_schedule", "solver_step"],
         "tests/test_schedule.py",
     ),
-    Exercise("quantizer", "dar.py", ["VectorQuantizer.nearest", "VectorQuantizer.forward"], "tests/test_quantizer.py"),
+    Exercise(
+        "quantizer", "dar.py", ["VectorQuantizer.nearest_code", "VectorQuantizer.forward"], "tests/test_quantizer.py"
+    ),
     Exercise(
         "conditioning and AdaLN-zero",
         "dar.py",
@@ -48,7 +50,7 @@ EXERCISES = [
     Exercise(
         "guidance and sampling with a KV cache",
         "dar.py",
-        ["KVCache.extend", "KVCache.put", "guidance_schedule", "filter_logits", "NextToken.choose", "generate_groups"],
+        ["KVCache.put", "guidance_schedule", "guide", "filter_logits", "gumbel_noise", "generate_groups"],
         "tests/test_generation.py",
     ),
     Exercise("metrics", "fid.py", ["moments", "frechet_distance", "precision_recall"], "tests/test_fid.py"),

@@ -67,8 +67,8 @@ def row(kind: str, path: Path, dtype: torch.dtype) -> None:
         model = (dar.SequentialDiffusionTokenizer if kind == "v1" else dar.ARTransformer)(config).to(dtype)
     weights_mb = sum(p.nbytes for p in model.parameters()) / 2**20
     load = dar.load_tokenizer if kind == "v1" else dar.load_ar
-    model = measure(f"{kind} {name}: load and pack", lambda: dar.pack_linears(load(path, dtype=dtype)), weights_mb)
-    dar.keep_freed_memory()
+    prepared = lambda: dar.prepare_for_sampling(load(path, dtype=dtype))  # noqa: E731
+    model = measure(f"{kind} {name}: load and prepare", prepared, weights_mb)
     torch.manual_seed(0)
     if kind == "v1":
         image = torch.rand(1, 3, 256, 256) * 2 - 1

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import dar
+import training
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints" / "cifar10.pt"
 
@@ -36,7 +37,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         tokenizer = dar.load_tokenizer(args.tokenizer, device, dtype) if args.tokenizer else None
         models[dtype] = dar.load_ar(args.ckpt, device, dtype, tokenizer=tokenizer)
-    data = dar.ImageData(args.data, models[torch.float32].tokenizer.config.image_size, held_out=True)
+    data = training.ImageData(args.data, models[torch.float32].tokenizer.config.image_size, held_out=True)
     order = np.random.default_rng(0).permutation(len(data))[: args.num]
     sums = torch.zeros(5, dtype=torch.float64)
     for indices in np.array_split(order, max(1, len(order) // 25)):

@@ -13,6 +13,7 @@ import torch
 
 import dar
 import train_tokenizer
+import training
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
         tokenizer = dar.load_ar(args.checkpoint, device, torch.float32).tokenizer
     else:
         tokenizer = dar.load_tokenizer(args.checkpoint, device, torch.float32)
-    data = dar.ImageData(args.data, tokenizer.config.image_size, held_out=True)
+    data = training.ImageData(args.data, tokenizer.config.image_size, held_out=True)
     if args.picture:
         train_tokenizer.reconstruction_picture(tokenizer, data, device).save(args.picture)
     found = train_tokenizer.held_out(tokenizer, data, args.num, device)

@@ -159,7 +159,7 @@ def test_the_causal_mask_hides_what_is_later_than_each_place(n):
 @pytest.mark.parametrize("masked, n", [(False, 8), (True, 8), (True, 1), (False, 1), (False, 300), (True, 300)])
 def test_bfloat16_on_a_cpu_attends_as_float32_does(masked, n, amx, monkeypatch):
     """It may be written out there; 300 queries make three parts."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(dar, "HAS_AMX", amx)
     q, k, v = torch.randn(3, 2, 2, max(n, 8), 64).bfloat16()
     q, m = q[:, :, :n], k.shape[2]
     mask = (torch.rand(n, m) < 0.5).logical_or(torch.eye(n, m, dtype=torch.bool)) if masked else None

@@ -1,6 +1,5 @@
 """The scripts, run as a user runs them: pictures from checkpoints, and mistakes."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,7 @@ import pytest
 import torch
 from command_lines import AR, TOKENIZER, draw_pictures, run
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import dar
 import sample
 
@@ -109,40 +105,3 @@ def test_without_a_compiler_compiling_ends_in_one_line(work, tmp_path):
     done = run(*words, tmp_path / "x.png", cwd=work, code=2, **elsewhere)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: torch.compile") and "/nowhere/c++" in last and "Traceback" not in done.stderr
-
-
-def test_bench_sets_each_figure_beside_a_limit_that_it_does_not_pass(tmp_path):
-    words = "--rows encode decode generate stream train --batch 1 --tokens 8 --seconds 0.01 --dtype float32"
-    run("bench.py", *words.split(), *"--device cpu --json".split(), tmp_path / "rows.json")
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    parts = "encode", "decode", "guided", "no guidance", "tokenizer training", "Llama training", "preview", "picture"
-    assert len(rows) == len(parts)
-    for row, part in zip(rows, parts):
-        assert part in row["row"] and row["share"] == pytest.approx(row["limit_seconds"] / row["seconds"])
-        assert 0 < row["share"] < 1
-
-
-def test_bench_says_what_it_cannot_measure_before_it_starts(tmp_path):
-    assert "belong together" in run("bench.py", *"--rows stream --models B --device cpu".split()).stdout
-    done = run("bench.py", "--json", tmp_path / "nowhere" / "x.json", code=2)
-    assert "nowhere" in done.stderr and not done.stdout
-
-
-def test_bench_counts_the_operations_of_the_models():
-    c, l = dar.TOKENIZER_PRESETS["tiny"], dar.AR_PRESETS["tiny"]  # noqa: E741
-    tokenizer = dar.SequentialDiffusionTokenizer(c).eval().requires_grad_(False)
-    llama, images = dar.ARTransformer(l).eval().requires_grad_(False), torch.randn(2, 3, 32, 32)
-    condition, codes = torch.randn(2, c.group_size, c.decoder_width), torch.randint(1024, (2, 64))
-
-    def counted(action) -> int:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            action()
-        return counter.get_total_flops()
-
-    # Not counted in the formulas: what does not grow with the patches, such as time embeddings and the queries' Linear.
-    assert counted(lambda: tokenizer.encode(images)) == pytest.approx(2 * bench.encode_operations(c), rel=0.001)
-    step = counted(lambda: tokenizer.velocity(images, torch.rand(1), condition))
-    assert step == pytest.approx(2 * bench.denoise_operations(c), rel=0.01)
-    # Causal attention is counted as the half that it needs; torch's plain way computes all of it, and is left out here.
-    seen = bench.ar_operations(l, 65) - l.layers * 4 * 65 * 33 * l.width + l.layers * 4 * 65 * 65 * l.width
-    assert counted(lambda: llama(codes, codes[:, 0] % 10)) == pytest.approx(2 * seen, rel=0.001)

@@ -1,10 +1,10 @@
 """Measures speed, and how far it is from what this machine can do at best.
 
-The small models:            python bench.py
-What a figure's models cost: python bench.py --models v1 L XL --rows encode decode generate --dtype bfloat16
-Waiting for a picture:       python bench.py --models v1 XL --rows stream --batch 1 --compile
-One training step:           python bench.py --models v1 --rows train --batch 32 --compile
-The data loader:             python bench.py --rows loader --data imagenet/train --workers 8
+The small models:            python experiments/bench.py
+What a figure's models cost: python experiments/bench.py --models v1 L XL --rows encode decode generate --dtype bfloat16
+Waiting for a picture:       python experiments/bench.py --models v1 XL --rows stream --batch 1 --compile
+One training step:           python experiments/bench.py --models v1 --rows train --batch 32 --compile
+The data loader:             python experiments/bench.py --rows loader --data imagenet/train --workers 8
 
 Every figure stands beside its limit, measured in the same run: arithmetic (the fastest way there is here to multiply
 matrices of the model's shapes and type) or memory (reading a large array once). "share" is limit / measured, and keeps
@@ -12,19 +12,25 @@ its meaning on another machine. Weights are random: speed does not depend on the
 """
 
 import argparse
+import functools
 import itertools
 import json
+import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import dar
-import train_tokenizer
+import training
 
 ROWS = ("encode", "decode", "generate", "stream", "train", "loader")
 
@@ -121,43 +127,49 @@ class Limits:
         return self.known["bytes"]
 
 
-# Operations, counted (a multiplication and an addition are two). C: width. A Linear from a to b features costs 2ab for
-# each token, attention of n queries to m keys 4nmC.
+# Operations (a multiplication and an addition are two), counted by torch on its meta device, where nothing is computed
 
 
-def block_operations(width: int, n: float, m: float) -> float:
-    """A transformer block on n tokens that attend to m: q, k, v, proj (4 C²) and an MLP of 4 C (8 C²)."""
-    return 24 * width**2 * n + 4 * n * m * width
+@functools.cache
+def build_meta(config) -> torch.nn.Module:
+    with torch.device("meta"):
+        tokenizer = isinstance(config, dar.TokenizerConfig)
+        return (dar.SequentialDiffusionTokenizer if tokenizer else dar.ARTransformer)(config).requires_grad_(False)
 
 
+def count_operations(action) -> float:
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+@functools.cache
 def encode_operations(c: dar.TokenizerConfig) -> float:
-    """Patches, blocks over patches and queries, projection, and the search through V codes."""
-    patches = (c.image_size // c.encoder_patch) ** 2
-    n, width = patches + c.num_tokens, c.encoder_width
-    blocks = c.encoder_layers * block_operations(width, n, n)
-    search = 2 * c.num_tokens * c.code_dim * (width + c.codebook_size)
-    return 2 * patches * 3 * c.encoder_patch**2 * width + blocks + search
+    """Of one image: encoder, and the search through the codebook."""
+    model, images = build_meta(c), torch.empty(1, 3, c.image_size, c.image_size, device="meta")
+    return count_operations(lambda: model.encoder(images)) + 2 * c.num_tokens * c.code_dim * c.codebook_size
 
 
+@functools.cache
 def causal_operations(c: dar.TokenizerConfig) -> float:
-    """The causal decoder: a token attends to (N+1)/2 tokens on average."""
-    return c.decoder_layers * block_operations(c.decoder_width, c.num_tokens, (c.num_tokens + 1) / 2)
+    """Of z' of one image, all tokens at once."""
+    model, z = build_meta(c), torch.empty(1, c.num_tokens, c.code_dim, device="meta")
+    return count_operations(lambda: model.causal_decoder(z))
 
 
+@functools.cache
 def denoise_operations(c: dar.TokenizerConfig) -> float:
-    """One denoising step: per block and patch self-attention and MLP (12 C²), queries and output of the cross-attention
-    (2 C²) and the modulation (6 C²); per condition token keys, values and the condition MLP (4 C²)."""
-    patches, n, width = (c.image_size // c.diffusion_patch) ** 2, c.group_size, c.diffusion_width
-    block = 40 * width**2 * patches + 4 * patches * (patches + n) * width + 8 * width**2 * n
-    pixels = 2 * 2 * patches * 3 * c.diffusion_patch**2 * width
-    return c.diffusion_layers * block + pixels + 2 * c.decoder_width * width * n
+    """Of one step of one image."""
+    model, x = build_meta(c), torch.empty(1, 3, c.image_size, c.image_size, device="meta")
+    t, tokens = torch.empty(1, device="meta"), torch.empty(1, c.group_size, c.decoder_width, device="meta")
+    return count_operations(lambda: model.velocity(x, t, tokens))
 
 
+@functools.cache
 def ar_operations(c: dar.ARConfig, n: int) -> float:
-    """The Llama on n tokens at once: wqkv and wo (4 C²), SwiGLU (3 C·hidden), the output layer."""
-    hidden = -(-(8 * c.width // 3) // 256) * 256
-    layer = 2 * n * (4 * c.width**2 + 3 * c.width * hidden) + 4 * n * (n + 1) / 2 * c.width
-    return c.layers * layer + 2 * n * c.width * c.vocab_size
+    """Of the Llama on n places of one image at once; a mask saves nothing."""
+    model, codes = build_meta(c), torch.empty(1, n - 1, dtype=torch.int64, device="meta")
+    return count_operations(lambda: model(codes, torch.empty(1, dtype=torch.int64, device="meta")))
 
 
 # Rows: each yields (what, seconds, limit in seconds, the limit's kind, figures)
@@ -169,7 +181,7 @@ def build(model_class, config, device, dtype, compiled=False):
     model = model.to_empty(device=device).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    return (dar.compile_for_sampling if compiled else dar.pack_linears)(model.eval())
+    return dar.prepare_for_sampling(model.eval(), compiled)
 
 
 def denoise_limit(c: dar.TokenizerConfig, batch: int, limits: Limits) -> float:
@@ -182,8 +194,8 @@ def denoise_limit(c: dar.TokenizerConfig, batch: int, limits: Limits) -> float:
 def token_limit(c: dar.ARConfig, rows: int, count: int, limits: Limits) -> tuple[float, str]:
     """Seconds of a token, and what limits it: every weight is read once, and the keys and values of all tokens before
     it, count/2 on average, for each of `rows` pictures (guidance: twice as many); or the multiplications."""
-    hidden, size = -(-(8 * c.width // 3) // 256) * 256, torch.tensor([], dtype=limits.dtype).element_size()
-    weights = c.layers * (4 * c.width**2 + 3 * c.width * hidden) + c.width * c.vocab_size
+    size, named = torch.tensor([], dtype=limits.dtype).element_size(), build_meta(c).named_parameters()
+    weights = sum(p.numel() for name, p in named if p.ndim == 2 and "embedding" not in name)
     cache = rows * c.layers * 2 * c.width * (count + 1) / 2
     multiplying = rows * ar_operations(c, count) / count / limits.operations(rows, c.width)
     return max(((weights + cache) * size / limits.bytes(), "memory"), (multiplying, "arithmetic"))
@@ -248,42 +260,37 @@ def stream_rows(tokenizer_name: str, name: str, args, limits: Limits):
 
 def train_row(name: str, kind: str, batch: int, args, limits: Limits):
     """A step as the training scripts take it: forward, backward (twice the operations), clip, Adam, EMA."""
-    device, parser = limits.device, argparse.ArgumentParser()
-    dar.add_training_arguments(parser, [name])
+    device, times = limits.device, 2  # of each image, as in the tiny recipe
     with tempfile.TemporaryDirectory() as folder:
         precision = str(limits.dtype).removeprefix("torch.")
-        words = ["--preset", name, "--out", folder, "--batch", batch, "--steps", 10**6, "--precision", precision]
-        words += ["--compile"] * args.compile + ["--checkpoint-blocks"] * args.checkpoint_blocks
-        settings = parser.parse_args([str(word) for word in words])
+        settings = training.Arguments(
+            out=folder, batch=batch, steps=10**6, precision=precision, compile=args.compile, resume="never"
+        )
+        settings.checkpoint_blocks = args.checkpoint_blocks
         if kind == "tokenizer":
             c = dar.TOKENIZER_PRESETS[name]
-            model = dar.SequentialDiffusionTokenizer(c).to(device)
-            times = train_tokenizer.RECIPES[name]["times"]
+            model, terms = dar.SequentialDiffusionTokenizer(c).to(device), ["fm", "vq", "commit"]
             images = torch.rand(batch, 3, c.image_size, c.image_size, device=device) * 2 - 1
-            s, noise = (
-                torch.rand(batch, times, device=device),
-                torch.randn(batch, times, *images.shape[1:], device=device),
-            )
+            s = torch.rand(batch, times, device=device)
+            noise = torch.randn(batch, times, *images.shape[1:], device=device)
             operations = batch * (encode_operations(c) + causal_operations(c) + times * denoise_operations(c))
             rows, width = batch * times * (c.image_size // c.diffusion_patch) ** 2, c.diffusion_width
 
             def losses(_):
-                out = run.parallel(images, s, noise)
-                loss = out["fm"] + out["vq"] + out["commit"]
-                return {"loss": loss + 0 * out["repa"].sum() if "repa" in out else loss}
+                return dar.tokenizer_loss(run.parallel(images, s, noise), images)
 
         else:
-            c = dar.AR_PRESETS[name]
+            c, terms = dar.AR_PRESETS[name], []
             model = dar.ARTransformer(c).to(device)
             codes = torch.randint(c.vocab_size, (batch, c.num_tokens), device=device)
             labels = torch.zeros(batch, dtype=torch.int64, device=device)
             operations, rows, width = batch * ar_operations(c, c.num_tokens), batch * c.num_tokens, c.width
 
             def losses(_):
-                return {"loss": F.cross_entropy(run.parallel(codes[:, :-1], labels).flatten(0, 1), codes.flatten())}
+                return {"loss": dar.ar_loss(run.parallel, codes, labels)}
 
         optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=device.type == "cuda")
-        run = dar.TrainingRun(settings, dar.Processes(device), model, dar.EMA(model), optimizer, {}, [], [])
+        run = training.TrainingRun(settings, dar.Processes(device), model, training.EMA(model), optimizer, {}, terms)
         seconds = seconds_of(lambda: run.optimise(losses, [None], 1e-4), device, args.seconds)
     figures = {"images/s": batch / seconds}
     if kind == "Llama":
@@ -292,8 +299,12 @@ def train_row(name: str, kind: str, batch: int, args, limits: Limits):
     yield f"{name} {kind} training step, batch {batch}", seconds, limit, "arithmetic", figures
 
 
+def crop(image, rng):
+    return dar.center_crop(image, 256)
+
+
 def loader_row(args):
-    """Decoding, ADM's random crop and flip to 256 pixels. Its limit is what one process can decode alone, times the
+    """Decoding, ADM's centre crop to 256 pixels. Its limit is what one process can decode alone, times the
     processes at work: sample by sample in a loop, without a loader."""
     with tempfile.TemporaryDirectory() as folder:
         source = args.data
@@ -301,12 +312,11 @@ def loader_row(args):
             source = Path(folder, "data")
             (source / "shapes").mkdir(parents=True)
             for i in range(64):
-                dar.draw_shape(i, 512).save(source / "shapes" / f"{i}.jpg", quality=90)
-        crop = partial(train_tokenizer.random_crop, size=256, flip=True)
-        samples = dar.Samples(dar.ImageData(str(source), 256), crop, seed=0)
+                training.draw_shape(i, 512).save(source / "shapes" / f"{i}.jpg", quality=90)
+        samples = training.Samples(training.ImageData(str(source), 256), crop, seed=0)
         alone = seconds_of(lambda: [samples[i] for i in range(32)], torch.device("cpu"), args.seconds) / 32
         batches = (range(i, i + 32) for i in range(0, 10**9, 32))
-        options = dict(num_workers=args.workers, worker_init_fn=dar.leave_signals_to_the_parent)
+        options = dict(num_workers=args.workers, worker_init_fn=training.leave_signals_to_the_parent)
         loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=batches, **options))
         seconds = seconds_of(partial(next, loader), torch.device("cpu"), args.seconds) / 32
         del loader  # its processes end before their files do
