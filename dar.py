@@ -1360,7 +1360,8 @@ def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
         pack_linears(model)
     elif isinstance(model, ARTransformer) and "next_logits" not in vars(model):
         model.new_caches = KeptCaches(model.new_caches)
-        model.next_logits = quiet_compile(model.next_logits, **options)
+        plain, fast = model.next_logits, quiet_compile(model.next_logits, **options)
+        model.next_logits = lambda x, *more: (fast if x.shape[1] == 1 else plain)(x, *more)  # a prefix is read once
     elif isinstance(model, SequentialDiffusionTokenizer) and "velocity" not in vars(model):
         step = quiet_compile(model.velocity, **options)
         # A contiguous group, else each is compiled for itself; and a copy of what the next launch writes over.

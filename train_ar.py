@@ -40,7 +40,7 @@ HELD_OUT = 10_000  # images that are measured, at most
 class Arguments(training.Arguments):
     """What only this training is told."""
 
-    preset: str = option("model and recipe: the numbers not given here (default: tiny)", "tiny", choices=[*RECIPES])
+    preset: str = option("model and its recipe: the numbers not given here (default: tiny)", "tiny", choices=[*RECIPES])
     tokenizer: str | None = option("checkpoint of a trained tokenizer", required=True)
     epochs: float | None = option("passes over the data, where --steps is not given (default: the recipe's)", least=0)
     width: int | None = option("instead of the preset's", least=1)

@@ -39,7 +39,7 @@ WARMUP_NOISE = 0.18  # a standard deviation: about 0.5 in 8 dimensions, how far 
 
 @dataclasses.dataclass
 class Arguments(training.Arguments):
-    preset: str = option("model and recipe: the numbers not given here (default: tiny)", "tiny", choices=[*RECIPES])
+    preset: str = option("model and its recipe: the numbers not given here (default: tiny)", "tiny", choices=[*RECIPES])
     set: tuple[str, ...] = option("change the preset's fields, e.g. num_groups=4", (), nargs="+", metavar="FIELD=VALUE")
     times: int | None = option("diffusion times drawn for each encoded image (default: the recipe's)", least=1)
     codebook_warmup: int | None = option("steps before tokens are quantized (default: the recipe's)", least=0)

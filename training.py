@@ -142,7 +142,7 @@ def leave_signals_to_the_parent(worker: int) -> None:
 
 
 class EMA:
-    """Exponential moving average of a model's weights, kept as a second model in eval mode."""
+    """Exponential moving average of a model's weights, a second model in eval mode. updates: those before this one."""
 
     def __init__(self, model: nn.Module):
         tokenizer = getattr(model, "tokenizer", None)  # a Llama's, which needs no copy
@@ -150,8 +150,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, updates: int) -> None:
-        """average = decay · average + (1 - decay) · weights; the first updates forget the random weights quickly."""
-        decay = min(0.999, (1 + updates) / (10 + updates))
+        decay = min(0.999, (1 + updates) / (10 + updates))  # small at first, to forget the random weights
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -256,7 +255,7 @@ class TrainingRun:
         self.autocast = partial(torch.autocast, processes.device.type, self.dtype, self.dtype != torch.float32)
         self.scaler = LossScaler(self.dtype == torch.float16)
         self.step = self.unreadable = self.newly_unreadable = self.log_length = 0
-        self.received = self.signal = 0  # a signal that came to this process; one for which all stop
+        self.received = self.signal = 0  # a signal to this process; one for which all stop
         self.means = ["loss", *terms, "grad_norm"]  # columns of log.csv
         self.sums = torch.zeros(len(self.means) + 1, dtype=torch.float64)  # since the last row; and the number of steps
         self.columns = ["step", *self.means, *"lr images_per_s memory_mb unreadable skipped".split(), *columns]
@@ -358,7 +357,7 @@ class TrainingRun:
                 yield range(start, start + self.micro)
 
     def due(self, every: int) -> bool:
-        """Whether the step that is being finished is one of every `every`, or the last."""
+        """Whether the step being finished is one of every `every`, or the last."""
         return (self.step + 1) % every == 0 or self.step + 1 == self.args.steps
 
     def row(self) -> dict | None:

@@ -1,9 +1,12 @@
 """Both trainings, run as a user runs them: kills, process counts, precisions, corrupt data, the losses of eq. 7."""
 
+import contextlib
+import dataclasses
 import os
+import pickle
 import random
-import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,10 +17,10 @@ import pytest
 import torch
 from command_lines import (
     AR,
+    GLOO_ABORTS,
     ROOT,
     SMALL,
     TOKENIZER,
-    command,
     draw_pictures,
     environment,
     has_rows,
@@ -26,25 +29,26 @@ from command_lines import (
     losses,
     run,
     start,
+    wait_for,
 )
 from PIL import Image
 
 import dar
 import train_ar
 import train_tokenizer
-from experiments import classifier
+import training
 
 CPU = torch.device("cpu")
+BASELINE = [word.replace("shapes", "data") for word in TOKENIZER] + "--steps 4 --codebook-warmup 2 --times 2".split()
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A folder with a trained tokenizer (tokenizer/), 24 pictures of 3 classes (data/), and a trained Llama (ar/)."""
+    """A folder with 24 pictures of 3 classes (data/), a tokenizer trained on them (tokenizer/), and a Llama (ar/)."""
     work = tmp_path_factory.mktemp("work")
     draw_pictures(work / "data")
-    words = "--val shapes --out tokenizer --steps 5 --codebook-warmup 2 --times 2 --keep-every 2 --save-every 1".split()
-    run(*TOKENIZER, *words, cwd=work)
-    run(*AR, *"--val data --tokenizer tokenizer/last.pt --out ar --steps 5 --ema".split(), cwd=work)
+    run(*BASELINE, *"--val shapes --out tokenizer --keep-every 2 --save-every 1".split(), cwd=work)
+    run(*AR, *"--val data --tokenizer tokenizer/last.pt --out ar --steps 5 --ema --save-every 2".split(), cwd=work)
     return work
 
 
@@ -58,20 +62,20 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def test_tokenizer_training_logs_draws_and_saves(work):
     rows = log(work / "tokenizer")
-    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"] and all(float(row["loss"]) > 0 for row in rows)
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"] and all(float(row["loss"]) > 0 for row in rows)
     last = rows[-1]
     assert float(last["val_psnr"]) > 0 and 0 < float(last["val_code_use"]) <= 1 and last["unreadable"] == "0"
     assert 0 < float(last["code_use"]) <= 1 and 0 <= float(last["constant_positions"]) <= 1
-    assert float(last["memory_mb"]) > 50 and float(last["images_per_s"]) > 0
+    assert float(last["images_per_s"]) > 0
     assert float(last["fm"]) + float(last["vq"]) + float(last["commit"]) == pytest.approx(float(last["loss"]), rel=1e-4)
-    assert Image.open(work / "tokenizer" / "step-5.png").size == (6 * 18 + 2, 8 * 18 + 2)  # 4 previews between the two
+    assert Image.open(work / "tokenizer" / "step-4.png").size == (6 * 18 + 2, 8 * 18 + 2)  # 4 previews between the two
     tokenizer = dar.load_tokenizer(work / "tokenizer" / "last.pt")
     assert tokenizer.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
 
 
 def test_checkpoints_are_kept_at_every_so_many_steps(work):
     steps = {path.name: dar.read_checkpoint(path)["training"]["step"] for path in (work / "tokenizer").glob("*.pt")}
-    assert steps == {"last.pt": 5, "previous.pt": 4, "step-2.pt": 2, "step-4.pt": 4}
+    assert steps == {"last.pt": 4, "previous.pt": 3, "step-2.pt": 2, "step-4.pt": 4}
 
 
 def test_code_use_counts_codes_and_positions_over_the_window():
@@ -93,7 +97,7 @@ def test_held_out_losses_are_logged_by_group(work):
 
 def test_the_codebook_starts_as_features_of_coming_samples(make_tokenizer):
     tokenizer = make_tokenizer()
-    samples = dar.Samples(dar.ImageData("shapes", 32), lambda image, rng: image, seed=0)
+    samples = training.Samples(training.ImageData("shapes", 32), lambda image, rng: image, seed=0)
     train_tokenizer.start_codebook(tokenizer, samples, 40, CPU)
     images = dar.to_float(torch.stack([samples[40 + i][0] for i in range(8)]))  # 8 x 32 features for 64 codes
     features = torch.nn.functional.normalize(tokenizer.encoder(images), dim=-1).flatten(0, 1)
@@ -120,123 +124,99 @@ def a_moment_after(condition, seconds: float):
     return holds
 
 
+@pytest.mark.slow
 def test_a_tokenizer_training_killed_at_random_moments_goes_on_bit_for_bit(work):
-    words = (*TOKENIZER, *"--steps 24 --save-every 3 --codebook-warmup 5 --times 2".split())
+    words = (*TOKENIZER, *"--steps 300 --save-every 3 --codebook-warmup 5 --times 2".split())
     run(*words, "--out", "whole", cwd=work)
     dice, rows = random.Random(time.time_ns()), 0
     for _ in range(3):
-        rows += dice.randrange(1, 6)
+        rows += dice.randrange(1, 20)
         moment = a_moment_after(has_rows(work / "killed", rows), dice.uniform(0, 0.1))
         kill_when(moment, *words, "--out", "killed", cwd=work)
     run(*words, "--out", "killed", cwd=work)
     assert losses(work / "killed") == losses(work / "whole") and same_weights(work / "killed", work / "whole")
 
 
+@pytest.mark.slow
 def test_a_training_killed_at_every_moment_of_saving_goes_on_bit_for_bit(work):
-    words = (*TOKENIZER, *"--save-every 1 --keep-every 2 --steps 12".split())
+    words = (*BASELINE, *"--save-every 1 --keep-every 2 --steps 14".split())
     run(*words, "--out", "saved", cwd=work)
-    for moment in range(3, 10):  # the first two calls cut the log; a save is fsync, replace, link, replace, replace
+    for moment in range(1, 9):  # of the writes and renames that two saves consist of, one of which keeps a checkpoint
         run(*words, "--out", "torn", cwd=work, probe=True, KILL_AT=moment, code=-signal.SIGKILL)
-        if (work / "torn" / "last.pt").exists():
-            dar.read_checkpoint(work / "torn" / "last.pt")  # whole at every moment
+        whole = [path for path in (work / "torn").glob("*.pt") if dar.read_checkpoint(path)]  # whole at every moment
+        assert moment < 3 or {"last.pt", "previous.pt"} & {path.name for path in whole}
     run(*words, "--out", "torn", cwd=work)
     assert losses(work / "torn") == losses(work / "saved") and same_weights(work / "torn", work / "saved")
     assert not list((work / "torn").glob("*.tmp"))
 
 
 def test_a_killed_llama_training_goes_on_bit_for_bit(work):
-    words = (*AR, *"--tokenizer tokenizer/last.pt --steps 40 --save-every 7 --dropout 0.1".split())
+    words = (*AR, *"--tokenizer tokenizer/last.pt --steps 400 --save-every 17 --dropout 0.1".split())
     run(*words, "--out", "ar-whole", cwd=work)
     kill_when(has_rows(work / "ar-killed", 10), *words, "--out", "ar-killed", cwd=work)
     run(*words, "--out", "ar-killed", cwd=work)
-    assert losses(work / "ar-killed") == losses(work / "ar-whole") and same_weights(
-        work / "ar-killed", work / "ar-whole"
-    )
+    assert losses(work / "ar-killed") == losses(work / "ar-whole")
+    assert same_weights(work / "ar-killed", work / "ar-whole")
 
 
-def test_a_row_of_the_log_is_a_mean_over_its_steps_also_across_a_stop(work):
-    words = (*TOKENIZER, *"--steps 8 --log-every 4 --save-every 3".split())
-    run(*words, "--out", "means", cwd=work)
-    kill_when(has_rows(work / "means-killed", 1), *words, "--out", "means-killed", cwd=work)
-    run(*words, "--out", "means-killed", cwd=work)
-    assert losses(work / "means-killed") == losses(work / "means") and len(losses(work / "means")) == 2
+def test_a_signal_saves_and_the_exit_code_names_it(work):
+    process = start(*TOKENIZER, *"--steps 100000 --save-every 100000 --out stopped".split(), cwd=work)
+    wait_for(has_rows(work / "stopped", 2), process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors and "stopped after step" in errors
+    step = dar.read_checkpoint(work / "stopped" / "last.pt")["training"]["step"]
+    assert step == int(log(work / "stopped")[-1]["step"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_exit_code_names_it(work, number):
-    out = f"stopped-{number}"
-    process = start(*TOKENIZER, *"--steps 100000 --save-every 100000 --out".split(), out, cwd=work)
-    while not has_rows(work / out, 2)():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "Traceback" not in errors and "stopped after step" in errors
-    assert dar.read_checkpoint(work / out / "last.pt")["training"]["step"] == int(log(work / out)[-1]["step"])
-
-
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(work):
-    words = command(*TOKENIZER, *"--steps 100000 --save-every 100000 --out both".split(), processes=2)
-    process = subprocess.Popen(words, cwd=work, env=environment(), stderr=subprocess.PIPE, text=True)
-    while not has_rows(work / "both", 2)():
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = start(*TOKENIZER, *"--steps 100000 --save-every 100000 --out both".split(), cwd=work, processes=2)
+    wait_for(has_rows(work / "both", 2), process)
     found = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.split("\n")[1:]
     children = [int(line.split()[0]) for line in found if line and int(line.split()[1]) == process.pid]
     os.kill(max(children), signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert "stopped after step" in errors and "Traceback" not in errors.split("stopped after step")[0]
     assert dar.read_checkpoint(work / "both" / "last.pt")["training"]["step"] == int(log(work / "both")[-1]["step"])
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(work):
-    words = (*TOKENIZER, "--save-every", "2", "--out", "full")
-    run(*words, "--steps", 2, cwd=work)
-    size = (work / "full" / "last.pt").stat().st_size
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    more = command(*words, "--steps", 4)
-    done = subprocess.run(more, cwd=work, env=environment(), capture_output=True, text=True, preexec_fn=limit)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and "cannot be written" in last and "Traceback" not in done.stderr
-    assert dar.read_checkpoint(work / "full" / "last.pt")["training"]["step"] == 2
-    run(*words, "--steps", 4, cwd=work)
-    assert [row["step"] for row in log(work / "full")] == ["1", "2", "3", "4"]
-
-
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(work):
-    words = (*TOKENIZER, *"--out wider --save-every 2".split())
+    words = (*BASELINE, *"--out wider --save-every 2".split())
     run(*words, "--steps", 2, cwd=work)
     run(*words, "--steps", 4, cwd=work, processes=2)
-    run(*TOKENIZER, *"--out narrow --steps 4".split(), cwd=work)
+    run(*words, "--out", "narrow", "--steps", 2, cwd=work)
+    run(*words, "--out", "narrow", "--steps", 4, cwd=work)  # the rate falls to 0 over the steps: 2 and then 4, too
     for a, b in zip(log(work / "wider"), log(work / "narrow"), strict=True):
-        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("change", [["--lr", "inf"], ["--lr", "1e30", "--warmup", "1"]])
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(work, change, tmp_path):
-    out = tmp_path / "nan"
-    run(*TOKENIZER, "--out", out, "--steps", 2, "--save-every", 1, cwd=work)
-    done = run(*TOKENIZER, "--out", out, "--steps", 50, "--save-every", 1, *change, cwd=work, code=3)
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(work, tmp_path):
+    words = (*BASELINE, "--out", tmp_path, "--save-every", 1)
+    done = run(*words, "--steps", 50, "--lr", "1e9", "--warmup", 0, cwd=work, code=3)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: step ") and "not finite" in last and "Traceback" not in done.stderr
-    checkpoint = dar.read_checkpoint(out / "previous.pt")
+    checkpoint = dar.read_checkpoint(tmp_path / "last.pt")
     assert all(w.isfinite().all() for part in ("model", "ema") for w in checkpoint[part].values())
 
 
-def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_average(small_args, make_tokenizer):
-    model = make_tokenizer()
-    run = training_run(small_args, model)
-    before = [p.detach().clone() for p in (*model.parameters(), *run.ema.model.parameters())]
-    weight = model.quant_in.weight
-    with pytest.raises(FloatingPointError, match="step 1: .*fm 0, gradient norm nan"):
-        run.optimise(lambda _: {"fm": (0 * weight).sum().sqrt()}, [0], 0.1)  # 0, but its slope is infinite, times 0
-    assert all(torch.equal(a, b) for a, b in zip(before, (*model.parameters(), *run.ema.model.parameters())))
+def test_a_failed_start_leaves_no_trace_in_the_next(tmp_path):
+    flat, in_classes, words = tmp_path / "flat", tmp_path / "in-classes", [*TOKENIZER, "--out", tmp_path / "run"]
+    draw_pictures(in_classes)
+    flat.mkdir()
+    training.draw_shape(0, 16).save(flat / "x.png")
+    assert "sub-folder" in run(*words, "--steps", 1, "--data", flat, cwd=tmp_path, code=2).stderr
+    run(*words, "--steps", 1, "--data", in_classes, cwd=tmp_path)
+    settings = dar.read_checkpoint(tmp_path / "run" / "last.pt")["training"]["settings"]
+    assert settings["data"] == training.ImageData(str(in_classes), 16).digest
 
 
 # One step, however many processes take it
+
+STEP = "--batch 8 --steps 2 --times 2 --codebook-warmup 0".split()  # quantized, so that its losses count
+AR_STEP = "--tokenizer tokenizer/last.pt --batch 8 --steps 2 --dropout 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -244,10 +224,6 @@ def one_process(work) -> tuple[list[dict], list[torch.Tensor]]:
     """Two steps of a global batch of 8 in one process: its log, and the gradients of the second step."""
     run(*TOKENIZER, *STEP, "--out", "one", cwd=work, probe=True, GRADIENTS=work / "one")
     return log(work / "one"), torch.load(work / "one-0.pt", weights_only=True)
-
-
-STEP = "--batch 8 --steps 2 --times 2 --codebook-warmup 0".split()  # quantized, so that its losses count
-AR_STEP = "--tokenizer tokenizer/last.pt --batch 8 --steps 2 --dropout 0".split()
 
 
 def assert_same_step(found: list[dict], gradients, expected: list[dict], reference) -> None:
@@ -260,6 +236,7 @@ def assert_same_step(found: list[dict], gradients, expected: list[dict], referen
         assert (a - b).abs().max() <= 1e-4 * scale
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_that_one_takes(work, one_process):
     run(*TOKENIZER, *STEP, "--out", "two", cwd=work, probe=True, processes=2, GRADIENTS=work / "two")
     first, second = (torch.load(work / f"two-{rank}.pt", weights_only=True) for rank in range(2))
@@ -274,16 +251,26 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(work, one_pr
     assert_same_step(log(work / "accumulated"), gradients, *one_process)
 
 
+@pytest.mark.slow
 def test_two_nodes_that_meet_through_torchruns_rendezvous_take_the_same_step(work, one_process):
-    nodes = "--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_id=test --rdzv_endpoint=localhost:29517".split()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = f"--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_id=test --rdzv_endpoint=localhost:{port}".split()
     launch = [sys.executable, "-m", "torch.distributed.run", *nodes, str(ROOT / "train_tokenizer.py")]
     words = [*launch, *TOKENIZER[1:], *STEP, "--micro-batch", "2", "--out", "nodes"]
     started = [subprocess.Popen(words, cwd=work, env=environment(), stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    try:
+        for process in started:
+            process.wait(timeout=500)
+    finally:
+        for process in started:
+            process.kill()
     for a, b in zip(log(work / "nodes"), one_process[0], strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_llama_steps_are_the_same_for_any_number_of_processes(work):
     run(*AR, *AR_STEP, "--out", "ar-one", cwd=work, probe=True, GRADIENTS=work / "ar-one")
     run(*AR, *AR_STEP, "--out", "ar-two", cwd=work, probe=True, processes=2, GRADIENTS=work / "ar-two")
@@ -297,24 +284,6 @@ def test_llama_steps_are_the_same_for_any_number_of_processes(work):
 # Precision, memory, speed
 
 
-@pytest.fixture
-def small_args(tmp_path, monkeypatch, restore_signals):
-    """A function that parses a tokenizer training's command line."""
-
-    def parse(*words):
-        monkeypatch.setattr(
-            sys, "argv", [*TOKENIZER, *map(str, words), "--steps", "100", "--out", str(tmp_path / "run")]
-        )
-        return train_tokenizer.parse_arguments()
-
-    return parse
-
-
-def training_run(small_args, model, *words) -> dar.TrainingRun:
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    return dar.TrainingRun(small_args(*words), dar.Processes(CPU), model, dar.EMA(model), optimizer, {}, ["fm"], [])
-
-
 def test_bfloat16_follows_the_float32_curve(work):
     words = "--steps 40 --warmup 1 --lr 1e-3 --codebook-warmup 0".split()
     run(*TOKENIZER, *words, "--out", "f32", cwd=work)
@@ -324,74 +293,75 @@ def test_bfloat16_follows_the_float32_curve(work):
     assert np.abs(b / a - 1).max() < 0.05
 
 
-def test_float16_trains_and_skips_the_steps_that_overflow(work, make_tokenizer, small_args):
+def test_float16_trains_a_tokenizer(work):
     run(*TOKENIZER, *"--steps 10 --out f16 --precision float16 --codebook-warmup 0".split(), cwd=work)
     rows = log(work / "f16")
     assert len(rows) == 10 and all(np.isfinite(float(row["loss"])) for row in rows)
 
-    model = make_tokenizer()
-    training = training_run(small_args, model, "--precision", "float16")
-    training.scaler.scale = 2.0**40  # gradients overflow until it has halved often enough
-    images, s = torch.rand(2, 3, 32, 32), torch.tensor([0.3, 0.8])
-    taken = []
-    for _ in range(30):
-        before = model.patchify.weight.detach().clone()
-        training.optimise(lambda _: {"fm": training.parallel(images, s, images)["fm"]}, [0], 1e-3)
-        taken.append(not torch.equal(before, model.patchify.weight))
-    skipped = training.scaler.skipped
-    assert 10 < skipped < 30 and taken.count(False) == skipped and not taken[0] and taken[-1]
-    assert training.scaler.scale == 2.0 ** (40 - skipped) and training.ema.updates == 30 - skipped
-
-
-def test_the_loss_scale_doubles_after_2000_good_steps():
-    scaler = dar.LossScaler(True)
-    assert all(scaler.takes(1.0) for _ in range(1999)) and scaler.scale == 65536
-    assert scaler.takes(1.0) and scaler.scale == 131072
-    assert not scaler.takes(float("inf")) and scaler.scale == 65536 and scaler.skipped == 1
-    assert dar.LossScaler(False).takes(float("nan"))
-
 
 def test_recomputed_activations_change_nothing(work):
-    run(*TOKENIZER, *"--steps 3 --out kept".split(), cwd=work)
-    run(*TOKENIZER, *"--steps 3 --out recomputed --checkpoint-blocks".split(), cwd=work)
-    assert losses(work / "kept") == losses(work / "recomputed")
+    run(*BASELINE, "--out", "recomputed", "--checkpoint-blocks", cwd=work)
+    assert losses(work / "recomputed") == losses(work / "tokenizer")
+
+
+def test_recomputation_keeps_only_the_inputs_of_blocks(make_tokenizer, tmp_path):
+    tokenizer, stored = make_tokenizer(diffusion_layers=4), []
+    images, s, noise = torch.rand(2, 3, 32, 32), torch.tensor([0.3, 0.8]), torch.randn(2, 3, 32, 32)
+    args = training.Arguments(data="shapes", out=str(tmp_path), batch=2, device="cpu")
+
+    def activations() -> int:
+        stored.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: (stored.append(x.numel()), x)[1], lambda x: x)
+        with hooks:
+            tokenizer(images, s, noise)["fm"].backward()
+        return sum(stored)
+
+    before, gradients = activations(), [p.grad.clone() for p in tokenizer.parameters() if p.grad is not None]
+    tokenizer.zero_grad()
+    args.checkpoint_blocks = True
+    training.TrainingRun(args, dar.Processes(CPU), tokenizer, None, None, {}, [])
+    assert activations() < 0.5 * before
+    again = [p.grad for p in tokenizer.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_trainings_follow_the_others(work):
+    run(*BASELINE, "--out", "compiled", "--compile", cwd=work)
+    run(*AR, *"--val data --tokenizer tokenizer/last.pt --out ar-compiled --steps 5 --ema --compile".split(), cwd=work)
+    for compiled, plain in (("compiled", "tokenizer"), ("ar-compiled", "ar")):
+        for a, b in zip(log(work / compiled), log(work / plain), strict=True):
+            assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-3)
 
 
 # Data
 
 
 def test_worker_processes_change_nothing(work):
-    words = [word.replace("shapes", "data") for word in TOKENIZER] + ["--steps", "4", "--out"]
-    run(*words, "alone", cwd=work)
-    run(*words, "helped", "--workers", 2, cwd=work)
-    assert losses(work / "alone") == losses(work / "helped")
+    run(*BASELINE, "--out", "helped", "--workers", 2, cwd=work)
+    assert losses(work / "helped") == losses(work / "tokenizer")
 
 
-def test_corrupt_files_are_skipped_named_and_counted_and_too_many_stop_the_run(tmp_path):
+@pytest.mark.slow
+def test_worker_processes_of_a_mac_change_nothing(work):
+    run(*BASELINE, "--out", "spawned", "--workers", 1, cwd=work, probe=True, START_METHOD="spawn")
+    assert losses(work / "spawned") == losses(work / "tokenizer")
+    words = [*AR, *"--tokenizer tokenizer/last.pt --out ar-spawned --steps 5 --ema --workers 1".split()]
+    run(*words, cwd=work, probe=True, START_METHOD="spawn")
+    assert losses(work / "ar-spawned") == losses(work / "ar")
+
+
+def test_corrupt_files_are_skipped_named_and_counted(tmp_path):
     data = tmp_path / "data" / "ant"
     data.mkdir(parents=True)
     for i in range(150):
-        dar.draw_shape(i, 16).save(data / f"{i:03}.png")
+        training.draw_shape(i, 16).save(data / f"{i:03}.png")
     (data / "007.png").write_bytes(b"no picture")
-    words = [word.replace("shapes", "data") for word in TOKENIZER] + ["--batch", "50", "--steps", "3"]
-    done = run(*words, "--out", "one-bad", "--workers", 1, cwd=tmp_path)
+    words = [word.replace("shapes", "data") for word in TOKENIZER] + ["--batch", "50"]
+    done = run(*words, *"--steps 3 --save-every 2 --out one-bad --workers 1".split(), cwd=tmp_path)
     assert "007.png" in done.stderr and log(tmp_path / "one-bad")[-1]["unreadable"] == "1"
-    for i in range(8, 12):
-        (data / f"{i:03}.png").write_bytes(b"no picture")
-    done = run(*words, "--out", "five-bad", cwd=tmp_path, code=2)
-    assert "of 150 images are unreadable" in done.stderr.splitlines()[-1]
-
-
-def test_files_are_listed_once_in_a_run(work, tmp_path):
-    listing = tmp_path / "images.list"
-    first = dar.ImageData(str(work / "data"), 16, listing=listing)
-    extra = work / "data" / "ant" / "zzz.png"
-    dar.draw_shape(0, 16).save(extra)
-    again, anew = dar.ImageData(str(work / "data"), 16, listing=listing), dar.ImageData(str(work / "data"), 16)
-    extra.unlink()
-    assert len(first) == len(again) == 24 and len(anew) == 25 and first.digest == again.digest != anew.digest
-    assert np.array_equal(first.labels, again.labels) and first.class_names == again.class_names
-    assert np.array_equal(np.array(first.image(20)), np.array(again.image(20)))
+    done = run(*words, *"--steps 6 --save-every 2 --out one-bad --workers 1".split(), cwd=tmp_path)
+    assert log(tmp_path / "one-bad")[-1]["unreadable"] == "2"  # met again in the second epoch, after a stop
 
 
 def test_a_samples_noise_does_not_depend_on_its_batch():
@@ -401,6 +371,9 @@ def test_a_samples_noise_does_not_depend_on_its_batch():
     assert not torch.equal(together[5], together[6])
     assert not torch.equal(together, noise(2, torch.arange(8), (3, 4, 4), CPU))
     assert abs(together.mean()) < 0.2 and abs(together.std() - 1) < 0.2
+    assert (
+        noise(2**31, torch.tensor([2**40]), (2,), CPU).isfinite().all()
+    )  # the largest seed, and one more for the codes
 
 
 # The losses of eq. 7 that look through frozen networks
@@ -465,7 +438,7 @@ def test_gradients_of_lpips_reach_decoder_and_encoder_and_stop_at_vgg(frozen, ma
 
 def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokenizer):
     torch.manual_seed(0)
-    torch.save(classifier.Classifier(10).eval().state_dict(), work / "classifier.pt")
+    torch.save(train_tokenizer.Classifier(10).eval().state_dict(), work / "classifier.pt")
     net, tokenizer = train_tokenizer.load_lpips(None, str(work / "classifier.pt")), make_tokenizer()
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -475,31 +448,27 @@ def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokeniz
     out = tokenizer(images, torch.tensor([0.2, 0.7]), torch.randn(2, 3, 32, 32))
     net(out["pred_image"], images).mean().backward()
     assert tokenizer.encoder_layers[0].mlp.fc1.weight.grad.abs().max() > 0
-    words = "--out with-classifier --steps 2 --lpips 0.5 --lpips-net".split()
-    run(*TOKENIZER, *words, "classifier.pt", cwd=work)
+    words = "--out with-classifier --steps 2 --lpips 0.5 --lpips-net classifier.pt".split()
+    run(*TOKENIZER, *words, cwd=work)
     assert all(float(row["lpips"]) > 0 for row in log(work / "with-classifier"))
-    done = run(*TOKENIZER, *words[:-1], "--vgg", frozen / "vgg.pth", cwd=work, code=2)
-    assert "lpips_net" in done.stderr  # another loss is another run
 
 
 def test_init_starts_from_the_averaged_weights_of_another_run(work):
-    run(*TOKENIZER, *"--out first --steps 3 --codebook-warmup 0".split(), cwd=work)
-    words = "--steps 1 --lr 1e-30 --init first/last.pt --out second".split()  # without the warm-up that is the default
+    words = "--steps 1 --lr 1e-30 --init tokenizer/last.pt --out second".split()  # by default no codebook warm-up
     run(*TOKENIZER, *words, cwd=work)
-    first, second = (dar.load_tokenizer(work / out / "last.pt").state_dict() for out in ("first", "second"))
+    first, second = (dar.load_tokenizer(work / out / "last.pt").state_dict() for out in ("tokenizer", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     done = run(*TOKENIZER, "commit_weight=0.5", *words[:-1], "third", cwd=work, code=2)
-    assert "commit_weight" in done.stderr and "first/last.pt" in done.stderr
+    assert "commit_weight" in done.stderr and "tokenizer/last.pt" in done.stderr
 
 
 def test_gradients_of_repa_reach_head_and_encoder_and_stop_at_dinov2(frozen, make_tokenizer):
     net = train_tokenizer.load_dinov2(str(frozen / "dinov2"), str(frozen / "dinov2.pth"))
     tokenizer, images = make_tokenizer(repa_layer=1), torch.rand(2, 3, 32, 32) * 2 - 1
     out = tokenizer(images, torch.rand(2, 3), torch.randn(2, 3, 3, 32, 32))
-    target = train_tokenizer.dinov2_features(net, images, 8)
+    target = train_tokenizer.dinov2_features(net, 8, images)
     assert target.shape == (2, 64, 768) and not target.requires_grad
-    loss = train_tokenizer.repa_loss(out["repa"], target)
-    loss.backward()
+    dar.tokenizer_loss(out, images, repa_target=target)["repa"].backward()
     assert tokenizer.diffusion.repa_head[0].weight.grad.abs().max() > 0
     assert tokenizer.diffusion.blocks[0].mlp.fc1.weight.grad.abs().max() > 0
     assert tokenizer.encoder_layers[0].mlp.fc1.weight.grad.abs().max() > 0
@@ -507,18 +476,25 @@ def test_gradients_of_repa_reach_head_and_encoder_and_stop_at_dinov2(frozen, mak
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_the_repa_loss_is_one_minus_the_cosine_and_dinov2_sees_normalised_pixels(frozen):
-    target = torch.randn(2, 4, 768)
-    loss = train_tokenizer.repa_loss
-    assert loss(3 * target.repeat_interleave(2, 0), target).item() == pytest.approx(0, abs=1e-6)
-    assert loss(-target, target).item() == pytest.approx(2, abs=1e-6)
+def test_dinov2_sees_normalised_pixels(frozen):
     seen = []
     net = train_tokenizer.load_dinov2(str(frozen / "dinov2"), str(frozen / "dinov2.pth"))
     net.patches.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    train_tokenizer.dinov2_features(net, torch.full((1, 3, 32, 32), -1.0), 8)
+    train_tokenizer.dinov2_features(net, 8, torch.full((1, 3, 32, 32), -1.0))
     assert seen[0].shape == (1, 3, 112, 112)
     black = -torch.tensor([0.485, 0.456, 0.406]) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(seen[0].mean((0, 2, 3)), black, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_networks_run_in_float32():
+    def network(*images):
+        assert not torch.is_autocast_enabled("cpu") and all(x.dtype == torch.float32 for x in images)
+        return images[0] @ images[0]
+
+    x = torch.rand(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = train_tokenizer.in_float32(network)(x, x.bfloat16())
+    assert torch.equal(found, x @ x)
 
 
 def test_training_with_the_whole_loss_and_without(work, frozen):
@@ -538,7 +514,7 @@ def test_training_with_the_whole_loss_and_without(work, frozen):
     torch.manual_seed(0)
     args = [word for word in SMALL if "=" in word]
     fields = {name: int(value) for name, value in (word.split("=") for word in args)} | {"repa_layer": 0}
-    config = dar.dataclasses.replace(dar.TOKENIZER_PRESETS["tiny"], **fields)
+    config = dataclasses.replace(dar.TOKENIZER_PRESETS["tiny"], **fields)
     fresh = dar.SequentialDiffusionTokenizer(config).state_dict()[head]
     assert torch.equal(frozen_head, fresh) and not torch.equal(trained, fresh)
 
@@ -555,11 +531,24 @@ def test_training_with_the_whole_loss_and_without(work, frozen):
         ("--prefetch", "--prefetch"),
     ],
 )
-def test_a_missing_network_is_one_line(work, tmp_path, words, named):
-    offline = dict(https_proxy="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9", TORCH_HOME=tmp_path)
-    done = run("train_tokenizer.py", *"--data shapes --out o".split(), *words.split(), cwd=work, code=2, **offline)
-    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("Downloading")]
-    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
+def test_a_missing_network_is_one_line(work, tmp_path, monkeypatch, words, named):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no internet
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *"--data shapes --out o".split(), *words.split()])
+    with pytest.raises((ValueError, OSError)) as refused:
+        train_tokenizer.main()
+    assert named in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    assert not (work / "o").exists()
+
+
+def test_a_damaged_download_is_named(frozen, tmp_path, monkeypatch):
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth").write_bytes((frozen / "vgg.pth").read_bytes()[:1000])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(OSError, match=f"LPIPS: VGG-16 cannot be loaded .*delete .*{tmp_path}/hub.*--prefetch"):
+        train_tokenizer.load_lpips(None)
 
 
 # The Llama's codes
@@ -579,11 +568,12 @@ def test_the_ten_crops_are_torchvisions():
 
 
 def test_small_images_give_themselves_and_their_mirror():
-    image = dar.draw_shape(3, 32)
+    image = training.draw_shape(3, 32)
     found = [np.array(view) for view in train_ar.crops(image, 32)]
     assert len(found) == 2 and np.array_equal(found[0], np.array(image)) and np.array_equal(found[1], found[0][:, ::-1])
 
 
+@pytest.mark.slow
 def test_an_extraction_that_was_killed_goes_on(work):
     for i in range(7 * train_ar.CHUNK):
         folder = work / "many" / str(i % 2)
@@ -591,55 +581,151 @@ def test_an_extraction_that_was_killed_goes_on(work):
         Image.new("RGB", (16, 16), (i % 256, 40 * (i // 256), 90)).save(folder / f"{i}.png")
     words = ["many" if word == "data" else word for word in AR] + "--tokenizer tokenizer/last.pt --steps 3".split()
     run(*words, "--out", "codes-whole", cwd=work)
-    done = work / "codes-killed" / "codes" / "done.npy"
+    sources = work / "codes-killed" / "codes" / "sources.npy"
 
     def part_is_done():
-        return done.exists() and done.stat().st_size > 128 and 2 <= np.load(done, mmap_mode="r").sum() < 6
+        return sources.exists() and (np.load(sources, mmap_mode="r") >= 0).sum() >= 2 * train_ar.CHUNK
 
     kill_when(part_is_done, *words, "--out", "codes-killed", cwd=work)
-    before = int(np.load(done).sum())
+    before = int((np.load(sources) >= 0).sum())
     result = run(*words, "--out", "codes-killed", cwd=work, processes=2)
-    assert "tokenizing many" in result.stderr and "/7 " not in result.stderr and before >= 2  # only what was missing
+    assert before >= 2 * train_ar.CHUNK and "/7 " not in result.stderr  # only what was missing
     whole, killed = (np.load(work / name / "codes" / "codes.npy") for name in ("codes-whole", "codes-killed"))
     assert np.array_equal(whole, killed) and whole.shape == (7 * train_ar.CHUNK, 2, 16) and len(np.unique(whole)) > 1
     for a, b in zip(log(work / "codes-whole"), log(work / "codes-killed"), strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-5)
 
 
-def test_codes_of_another_tokenizer_or_of_other_images_are_refused(work):
-    run(*TOKENIZER, "--out", "other", "--steps", 1, "--seed", 7, cwd=work)
-    done = run(*AR, "--tokenizer", "other/last.pt", "--out", "ar", "--steps", 5, cwd=work, code=2)
-    assert "of another tokenizer" in done.stderr
-    words = ["many" if word == "data" else word for word in AR]
-    (work / "ar" / "images.list").rename(work / "ar" / "images.bak")
-    done = run(*words, "--tokenizer", "tokenizer/last.pt", "--out", "ar", "--steps", 5, cwd=work, code=2)
-    assert "of another data" in done.stderr
+def test_codes_of_another_tokenizer_or_of_other_images_are_refused(small_tokenizer, tmp_path):
+    data, folder = training.ImageData("shapes", 32), tmp_path / "codes"
+    data.labels = data.labels[:10]
+    codes, sources = train_ar.extract_codes(small_tokenizer, "one", data, folder, True, dar.Processes(CPU))
+    assert codes.shape == (10, 1, 32) and sources.tolist() == list(range(10))
+    with pytest.raises(ValueError, match="codes: of another tokenizer .one, now two.; remove it"):
+        train_ar.extract_codes(small_tokenizer, "two", data, folder, True, dar.Processes(CPU))
+    data.digest = "others"
+    with pytest.raises(ValueError, match="of another data"):
+        train_ar.extract_codes(small_tokenizer, "one", data, folder, True, dar.Processes(CPU))
+
+
+@pytest.mark.parametrize("size, dtype", [(2**16, np.uint16), (2**16 + 1, np.int32)])
+def test_codes_of_any_codebook_are_kept_whole(make_tokenizer, tmp_path, size, dtype):
+    tokenizer, data = make_tokenizer(codebook_size=size), training.ImageData("shapes", 32)
+    data.labels = data.labels[:40]
+    codes, _ = train_ar.extract_codes(tokenizer, "digest", data, tmp_path, True, dar.Processes(CPU))
+    expected = tokenizer.encode(train_tokenizer.load_crops(data, range(40)))
+    assert codes.dtype == dtype and np.array_equal(codes[:, 0], expected.numpy()) and expected.max() > 2**15
+    sample = train_ar.CodeSamples(tmp_path, data, seed=0)[3]
+    assert torch.equal(sample[0], expected[training.data_index(3, 40, 0)])
+
+
+def test_a_disk_without_space_for_the_codes_is_one_line(small_tokenizer, tmp_path, monkeypatch):
+    data = training.ImageData("shapes", 32)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def extract():
+        train_ar.extract_codes(small_tokenizer, "digest", data, tmp_path, True, dar.Processes(CPU))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="codes.npy: 0.00064 GB cannot be written .*No space.*--on-the-fly"):
+        extract()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.delattr(os, "posix_fallocate")  # a Mac has none
+    monkeypatch.setattr(train_ar.shutil, "disk_usage", lambda _: train_ar.shutil._ntuple_diskusage(9, 9, 9))
+    with pytest.raises(OSError, match="codes.npy: .*less space"):
+        extract()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loaders_worker_is_sent_the_path_of_the_codes(small_tokenizer, tmp_path):
+    data = training.ImageData("shapes", 32)
+    data.labels = data.labels[:100]
+    codes, _ = train_ar.extract_codes(small_tokenizer, "digest", data, tmp_path, True, dar.Processes(CPU))
+    samples = train_ar.CodeSamples(tmp_path, data, seed=0)
+    first = samples[7]
+    sent = pickle.dumps(samples)
+    assert len(sent) < 3000 < codes.nbytes and torch.equal(pickle.loads(sent)[7][0], first[0])
 
 
 def test_tokenizing_on_the_fly_trains_the_same(work):
-    run(*AR, *"--tokenizer tokenizer/last.pt --steps 4 --out cached".split(), cwd=work)
-    run(*AR, *"--tokenizer tokenizer/last.pt --steps 4 --out fly --on-the-fly".split(), cwd=work)
+    words = "--tokenizer tokenizer/last.pt --steps 5 --ema --on-the-fly --out fly".split()
+    run(*AR, *words, cwd=work)
     assert not (work / "fly" / "codes").exists()
-    assert losses(work / "fly") == losses(work / "cached")
+    assert losses(work / "fly") == losses(work / "ar")
 
 
-def test_unreadable_images_have_no_codes(tmp_path, make_tokenizer):
-    data = tmp_path / "data" / "ant"
-    data.mkdir(parents=True)
+def test_the_next_image_takes_an_unreadable_ones_place(tmp_path, make_tokenizer, capsys):
     for i in range(120):
-        dar.draw_shape(i, 32).save(data / f"{i:03}.png")
-    (data / "050.png").write_bytes(b"no picture")
-    images = dar.ImageData(str(tmp_path / "data"), 32)
-    codes = train_ar.extract_codes(make_tokenizer(), "digest", images, tmp_path / "codes", False, dar.Processes(CPU))
-    samples = train_ar.CodeSamples(codes, images, seed=0)
-    assert len(samples.usable) == 119 and 50 not in samples.usable and int(images.unreadable.sum()) == 1
+        folder = tmp_path / "data" / ("ant" if i < 51 else "bee")
+        folder.mkdir(parents=True, exist_ok=True)
+        training.draw_shape(i, 32).save(folder / f"{i:03}.png")
+    (tmp_path / "data" / "ant" / "050.png").write_bytes(b"no picture")
+    images, tokenizer = training.ImageData(str(tmp_path / "data"), 32), make_tokenizer()
+    codes, sources = train_ar.extract_codes(tokenizer, "digest", images, tmp_path, False, dar.Processes(CPU))
+    assert sources[50] == 51 and (np.delete(sources, 50) == np.delete(np.arange(120), 50)).all()
+    assert "050.png" in capsys.readouterr().err and np.array_equal(codes[50], codes[51])
+    samples = train_ar.CodeSamples(tmp_path, images, seed=0)
+    pictures = training.Samples(images, train_ar.functools.partial(train_ar.one_crop, size=32), seed=0)
+    for position in range(120):  # as on the fly: the label is that of the picture, and the file is counted
+        a, b = samples[position], pictures[position]
+        assert torch.equal(a[0], tokenizer.encode(dar.to_float(b[0][None]))[0]) and a[1:] == b[1:]
 
 
+MISTAKES = {
+    "validation": ("--val nowhere", "nowhere"),
+    "classes": ("--val shapes", "--val shapes: its classes"),
+    "width": ("--width 100", "width"),
+    "no layers": ("--layers 0", "--layers 0"),
+    "dropout": ("--dropout 1.5", "--dropout 1.5"),
+    "class dropout": ("--class-dropout 1.5", "--class-dropout 1.5"),
+    "epochs": ("--epochs inf", "--epochs inf"),
+    "seed": ("--seed 18000000000001", "--seed 18000000000001: expected 0 ... 2147483647"),
+    "micro-batch": ("--micro-batch 3", "--micro-batch 3"),
+    "another run": ("--out ar --batch 8", "batch was 4, is 8"),
+    "without its average": ("--out ar", "ema was True, is False"),
+    "guidance": ("--cfg 1 2 3", "(1.0, 2.0, 3.0)"),
+    "no tokenizer": ("--tokenizer no.pt", "no.pt"),
+    "a Llama": ("--tokenizer ar/last.pt", "a Llama"),
+    "no numbers": ("--tokenizer nan.pt", "nan.pt"),
+    "out is a file": ("--out nan.pt", "nan.pt"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_cannot_work_is_refused_before_tokenizing(work, monkeypatch, mistake):
+    words, named = MISTAKES[mistake]
+    tokenizer = dar.load_tokenizer(work / "tokenizer" / "last.pt")
+    tokenizer.quantize.embedding.weight.data[3, 3] = float("nan")
+    dar.save_checkpoint(work / "nan.pt", tokenizer)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(train_ar.tqdm, "__iter__", lambda _: pytest.fail("it tokenizes"))
+    monkeypatch.setattr(sys, "argv", [*AR, *"--tokenizer tokenizer/last.pt --out o --steps 9".split(), *words.split()])
+    before = sorted((work / "ar").iterdir())
+    kind = FloatingPointError if mistake == "no numbers" else (ValueError, OSError)
+    with pytest.raises(kind) as refused:
+        train_ar.main()
+    assert named in str(refused.value) and len(str(refused.value).splitlines()) == 1
+    assert sorted((work / "ar").iterdir()) == before and not (work / "o").exists()
+
+
+def test_weights_that_are_no_numbers_start_no_training(work, monkeypatch):
+    tokenizer = dar.load_tokenizer(work / "tokenizer" / "last.pt")
+    tokenizer.quant_out.weight.data[:] = float("inf")
+    dar.save_checkpoint(work / "inf.pt", tokenizer)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "argv", [*TOKENIZER, *"--init inf.pt --steps 2 --out o".split()])
+    with pytest.raises(FloatingPointError, match="inf.pt"):  # exit 3
+        train_tokenizer.main()
+
+
+@pytest.mark.slow
 def test_a_llama_learns_32_images_by_heart(tmp_path, make_tokenizer):
     tokenizer, pictures = make_tokenizer(), []
     dar.save_checkpoint(tmp_path / "tokenizer.pt", tokenizer)
     for i in range(32):  # a class each; symmetric, so that image and mirror have the same codes
-        half = np.array(dar.draw_shape(i, 32))[:, :16]
+        half = np.array(training.draw_shape(i, 32))[:, :16]
         pictures.append(np.concatenate((half, half[:, ::-1]), 1))
         folder = tmp_path / "data" / f"{i:02}"
         folder.mkdir(parents=True)
@@ -664,6 +750,7 @@ STUBS = {  # what the script calls, on a "cluster" of this machine: one node wit
 }
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_is_told_to_stop_saves_and_queues_again_and_goes_on(tmp_path):
     for name, body in STUBS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -678,22 +765,26 @@ def test_a_slurm_job_that_is_told_to_stop_saves_and_queues_again_and_goes_on(tmp
 
     def job(steps: int) -> subprocess.Popen:
         command = ["bash", ROOT / "experiments" / "slurm.sh", *words, "--steps", str(steps)]
-        return subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True)
+        alone = dict(start_new_session=True)  # so that all that it starts can be ended with it
+        return subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True, **alone)
 
     first = job(100_000)
-    deadline = time.time() + 120
-    while not has_rows(tmp_path / "run", 3)() and time.time() < deadline:
-        time.sleep(0.1)
-    first.send_signal(signal.SIGTERM)
     try:
-        assert first.wait(60) == 0
+        wait_for(has_rows(tmp_path / "run", 3), first)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(300) == 0
     finally:
-        subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")])  # whatever was not told to stop
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)  # whatever was not told to stop
     calls = (tmp_path / "calls").read_text()
     assert f"requeue {os.getpid()}" in calls and f"--signal=TERM {os.getpid()}.0" in calls
     done = dar.read_checkpoint(tmp_path / "run" / "last.pt")["training"]["step"]
     assert done >= 3
-    second = job(done + 2)
-    assert second.wait(120) == 0, second.stderr.read()
+    for _ in range(3):
+        second = job(done + 2)
+        _, errors = second.communicate(timeout=300)
+        if GLOO_ABORTS not in errors:
+            break
+    assert second.returncode == 0, errors[-3000:]
     assert dar.read_checkpoint(tmp_path / "run" / "last.pt")["training"]["step"] == done + 2
     assert (tmp_path / "calls").read_text() == calls  # an end is no reason to queue again
