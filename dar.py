@@ -56,7 +56,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
 HEAD_DIM = 64  # every attention of both models has heads of 64
@@ -107,11 +107,9 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
     "ceil":     k = min(floor(s K), K - 1)           each group owns one K-th of s
     "nearest":  k = min(floor(s K + 1/2), K - 1)     the first group owns half a K-th, the last one and a half
 
-    "ceil" is the paper's rule. The paper counts groups from one, k = ceil(s K); that names the same group, except at an
-    edge s = i/K, where it names the part of time that ends there. A step that starts there needs the part that begins.
-    The authors' released weights were trained with "nearest". At the edges both rules give group i.
-
-    s: float tensor -> int64 tensor of the same shape; number -> int. Raises ValueError on an unknown rule."""
+    "ceil" is the paper's rule, which counts groups from one: k = ceil(s K). The two differ at an edge s = i/K, where
+    paper's names the part of time that ends; a step that starts there needs the part that begins. The released weights
+    were trained with "nearest". s: float tensor -> int64 tensor; number -> int. Raises ValueError on another rule."""
     if not isinstance(s, Tensor):
         return int(condition_group(torch.tensor(s, dtype=torch.float64, device="cpu"), num_groups, rule))
     if rule == "ceil":
@@ -354,23 +352,21 @@ def init_linears(module: nn.Module, std: float) -> None:
 # cross-attention, plus an embedding of the time. What it reads is not added to x. It only modulates.
 
 
-def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Flow times t [B] in [0, 1] -> cos, then sin of 1000 t · 10000^(-i / (width/2)): float32 [B, width]."""
-    frequency = 10000.0 ** (-torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = 1000 * t.float()[:, None] * frequency
-    return torch.cat((angles.cos(), angles.sin()), -1)
-
-
 class TimeEmbedding(nn.Module):
-    """time_embedding, then Linear - SiLU - Linear: t [B] -> [B, C]."""
+    """Flow times t [B] in [0, 1] -> [B, C]: waves of many lengths, then Linear - SiLU - Linear."""
 
     def __init__(self, width: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
 
+    def waves(self, t: Tensor) -> Tensor:
+        """cos, then sin of 1000 t · 10000^(-i / (C/2)), i < C/2: float32 [B, C]."""
+        half = self.mlp[2].bias.numel() // 2
+        angles = 1000 * t.float()[:, None] * 10000.0 ** (-torch.arange(half, device=t.device) / half)
+        return torch.cat((angles.cos(), angles.sin()), -1)
+
     def forward(self, t: Tensor) -> Tensor:
-        weight = self.mlp[0].weight
-        return self.mlp(time_embedding(t, weight.shape[1]).to(weight.dtype))
+        return self.mlp(self.waves(t).to(self.mlp[0].weight.dtype))
 
 
 class DiffusionBlock(nn.Module):
@@ -482,8 +478,8 @@ class TokenizerConfig:
     diffusion_layers: int = 12
     num_steps: int = 0  # S, sampling steps; 0 means S = K
     time_shift: float = 2.0  # beta of eq. 5 and 8
-    # The flow's x1 is data_scale · image. The paper's equations have 1, its released weights 0.6: a fainter image stays
-    # below the noise for longer, so more of the flow's way is spent where only the layout can be seen.
+    # x1 is data_scale · image. The paper's equations have 1, its released weights 0.6: a fainter image stays below the
+    # noise for longer, so that more of the flow's way is spent where only the layout can be seen.
     data_scale: float = 0.6
     group_rule: str = "ceil"  # of condition_group: "ceil" as in the paper, "nearest" as in the released weights
     repa_layer: int | None = 8  # REPA reads the state that enters this diffusion block; None: no REPA head
@@ -561,13 +557,10 @@ class SequentialDiffusionTokenizer(nn.Module):
             x = block(x, mask=mask)
         return normalize(x)
 
-    # Training
-
     def forward(self, images: Tensor, s=None, noise=None, code_noise=None) -> dict[str, Tensor]:
         """The training step of section 4: encode, quantize, draw a time, denoise with that time's group of z'.
         images: float [B, 3, H, W] in [-1, 1].
-        s: uniform times [B, R], drawn with R = 1 if None. With R > 1, which is ours, an image is encoded once and the
-            decoder trained at R of its times.
+        s: uniform times [B, R], one drawn for each image if None. R > 1 is ours: several times for one encoding.
         noise: x0 [B, R, 3, H, W], drawn if None.
         code_noise: [B, N, D], for a codebook warm-up, which is ours too: features are not quantized, and this noise
             stands for the error that the quantizer will make. At first all features are alike; quantized at once, they
@@ -601,8 +594,6 @@ class SequentialDiffusionTokenizer(nn.Module):
         out = {"fm": F.mse_loss(v, x1 - x0) / c.data_scale**2, "vq": vq, "commit": c.commit_weight * commit}
         out |= {"kept": keep.sum(), "codes": codes, "pred_image": jump_estimate(x_t, v, t) / c.data_scale}
         return out if repa_features is None else out | {"repa": repa_features}
-
-    # Use
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -1070,18 +1061,17 @@ def save_checkpoint(path, model: nn.Module, ema=None, training: dict | None = No
     averaged weights. training: plain data for resuming. dtype: of the weights, as they are if None. before: see
     write_atomically. Raises OSError if the file cannot be written."""
 
-    def weights(of: nn.Module) -> dict[str, Tensor]:
-        return {name: value.detach().to("cpu", dtype) for name, value in of.state_dict().items()}
+    def as_dict(of: nn.Module) -> dict:
+        kind = "ar" if isinstance(of, ARTransformer) else "tokenizer"
+        weights = {name: value.detach().to("cpu", dtype) for name, value in of.state_dict().items()}
+        return {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(of.config), "model": weights}
 
-    def as_dict(of: nn.Module, kind: str) -> dict:
-        return {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(of.config), "model": weights(of)}
-
-    data = as_dict(model, "ar" if isinstance(model, ARTransformer) else "tokenizer")
+    data = as_dict(model)
     if getattr(model, "tokenizer", None) is not None:
-        data["tokenizer"] = as_dict(model.tokenizer, "tokenizer")
+        data["tokenizer"] = as_dict(model.tokenizer)
     if getattr(model, "class_names", None) is not None:
         data["class_names"] = list(model.class_names)
-    data |= {} if ema is None else {"ema": weights(ema)}
+    data |= {} if ema is None else {"ema": as_dict(ema)["model"]}
     data |= {} if training is None else {"training": training}
     write_atomically(path, lambda file: torch.save(data, file), before)
 
@@ -1261,28 +1251,26 @@ def is_number(value) -> bool:
 def check_fields(config, may_be_zero: tuple[str, ...]) -> None:
     """Every number is of its field's type, positive and not huge; widths are whole heads."""
     for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
+        name, value, limit = field.name, getattr(config, field.name), 1000 if "layers" in field.name else 2**31
         if field.type is str or (value is None and field.type == int | None):
             continue
-        least, limit = "from 0" if name in may_be_zero else "above 0", 1000 if name.endswith("layers") else 2**31
-        fits = is_number(value) if field.type is float else type(value) is int
+        kind, least = "number" if field.type is float else "integer", "0" if name in may_be_zero else "above 0"
+        fits = is_number(value) if kind == "number" else type(value) is int
         fits = fits and 0 <= value < limit and (value > 0 or name in may_be_zero)
-        wanted = "a number" if field.type is float else "an integer"
-        require(fits, f"{name} = {value!r}: expected {wanted} {least}, below {limit}")
+        require(fits, f"{name} = {value!r}: expected a {kind}, {least} to {limit}")
         whole = not name.endswith("width") or value % HEAD_DIM == 0
         require(whole, f"{name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
 
 
 def check_tokenizer_config(c: TokenizerConfig) -> None:
-    check_fields(c, may_be_zero=("num_steps", "repa_layer", "commit_weight", "encoder_layers", "decoder_layers"))
-    for name in ("encoder_patch", "diffusion_patch"):
-        patch = getattr(c, name)
+    layers = "encoder_layers", "decoder_layers"
+    check_fields(c, may_be_zero=("num_steps", "repa_layer", "commit_weight", *layers))
+    for name, patch in ("encoder_patch", c.encoder_patch), ("diffusion_patch", c.diffusion_patch):
         require(c.image_size % patch == 0, f"image size {c.image_size} is no multiple of {name} = {patch}")
     n, k, rows, depth = c.num_tokens, c.num_groups, c.max_tokens, c.diffusion_layers
     require(n % k == 0, f"N = {n} tokens do not divide into K = {k} equal groups")
     require(n <= rows, f"N = {n} tokens, but the tables have max_tokens = {rows} rows")
-    inside = c.repa_layer is None or c.repa_layer < depth
-    require(inside, f"repa_layer = {c.repa_layer} must be below diffusion_layers = {depth}")
+    require((c.repa_layer or 0) < depth, f"repa_layer = {c.repa_layer} must be below diffusion_layers = {depth}")
     require(c.group_rule in ("ceil", "nearest"), f"group_rule = {c.group_rule!r}: expected 'ceil' or 'nearest'")
 
 
@@ -1313,11 +1301,10 @@ def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=
     found = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
     require(temperature > 0 and top_k >= 0 and 0 < top_p <= 1, f"{found}: expected > 0, >= 0, and in (0, 1]")
     prefix = labels.new_empty(0) if prefix is None else prefix.to(labels.device)
-    prefix = prefix[None] if prefix.ndim == 1 else prefix
+    prefix = prefix.expand(len(labels), -1) if prefix.ndim == 1 or len(prefix) == 1 and prefix.ndim == 2 else prefix
     check_numbers("prefix tokens", prefix, 2, c.vocab_size, count)
-    fits = len(prefix) in (1, len(labels))
-    require(fits, f"prefix {list(prefix.shape)}: expected one for all, or one for each of {len(labels)} pictures")
-    return prefix.expand(len(labels), -1)
+    require(len(prefix) == len(labels), f"prefix for {len(prefix)} pictures, labels for {len(labels)}")
+    return prefix
 
 
 # Presets
@@ -1344,7 +1331,7 @@ AR_PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Shared tools
 #
-# What sampling, metrics and trainings share: speed (the same results, up to rounding, in less time), processes, pictures
+# What sampling, metrics and trainings share: speed (the same results but for rounding), processes, pictures
 
 
 def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
@@ -1414,9 +1401,6 @@ def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if not slow or HAS_AMX and not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if q.shape[2] == 1:  # a matrix times a vector reads the cached keys where they lie; the loop below would copy them
-        scores = (k @ q.transpose(-1, -2) / HEAD_DIM**0.5).transpose(-1, -2)
-        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
     q, k, v, parts = q / HEAD_DIM**0.5, k.transpose(-1, -2).contiguous(), v.contiguous(), []
     for i in range(0, q.shape[2], 128):  # queries at a time: their scores stay in the processor's cache
         scores = q[:, :, i : i + 128] @ k
@@ -1518,13 +1502,11 @@ class Processes(typing.NamedTuple):
         return result if self.rank == 0 else action()
 
 
-def fingerprint(models: Iterable[nn.Module]) -> str:
+def fingerprint(models: list[nn.Module]) -> str:
     """SHA-256 of the models' configs and weights, in hexadecimal: what their output depends on."""
-    digest = hashlib.sha256()
-    for model in models:
-        digest.update(str(model.config).encode())
-        for value in model.state_dict().values():
-            digest.update(value.flatten().view(torch.uint8).cpu().numpy())
+    digest = hashlib.sha256(str([model.config for model in models]).encode())
+    for value in (value for model in models for value in model.state_dict().values()):
+        digest.update(value.flatten().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
 
@@ -1552,8 +1534,8 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, whatever it was; alpha goes onto white. ValueError naming an unreadable image, OSError
-    naming a file that cannot be opened. (What a camera notes of its orientation is ignored, as ADM does.)"""
+    """An image file as 8-bit RGB, whatever it was; alpha goes onto white. Raises ValueError naming an unreadable image,
+    OSError naming a file that cannot be opened. (An orientation noted by a camera is ignored, as ADM does.)"""
     with open(path, "rb") as file:
         try:
             image = Image.open(file)
@@ -1571,11 +1553,10 @@ def load_rgb(path: str | Path) -> Image.Image:
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
-    """ADM's resize of the short side to size: halve with BOX while it is at least 2 size, then BICUBIC. Of an image over
-    32 times as long as wide, the middle: a row of 65,000 pixels would become gigabytes."""
-    w, h = (min(side, 32 * min(image.size)) for side in image.size)
-    x, y = (image.width - w) // 2, (image.height - h) // 2
-    image = image if image.size == (w, h) else image.crop((x, y, x + w, y + h))
+    """ADM's resize of the short side to size: halve with BOX while it is at least 2 size, then BICUBIC. Of a very long
+    image it takes the middle: a row of 65,000 pixels would become gigabytes."""
+    if max(image.size) > 32 * min(image.size):
+        image = ImageOps.fit(image, [min(side, 32 * min(image.size)) for side in image.size])
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -1600,18 +1581,15 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """The image files below a folder, sorted, as names relative to it with "/" between folders. Hidden files and
-    folders are left out; a link that leads back up is not followed. Raises OSError (no such folder, permission denied),
-    and ValueError if there are no images."""
+    """The images below a folder, sorted, as names relative to it with "/" between folders; without hidden ones, and
+    without following links back up. Raises OSError (no such folder, permission denied); ValueError for no images."""
 
     def walk(here: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         for path in here.iterdir():
-            if path.name.startswith((".", "__MACOSX")):
-                continue
-            if path.is_dir():
-                if path.resolve() not in above:
-                    yield from walk(path, (*above, path.resolve()))
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
+            hidden = path.name.startswith((".", "__MACOSX"))
+            if path.is_dir() and not hidden and path.resolve() not in above:
+                yield from walk(path, (*above, path.resolve()))
+            elif path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not path.is_dir():
                 yield path
 
     found = sorted(path.relative_to(folder).as_posix() for path in walk(Path(folder), (Path(folder).resolve(),)))

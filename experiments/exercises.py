@@ -44,7 +44,7 @@ EXERCISES = [
     Exercise(
         "conditioning and AdaLN-zero",
         "dar.py",
-        ["time_embedding", "DiffusionBlock.forward"],
+        ["TimeEmbedding.waves", "DiffusionBlock.forward"],
         "tests/test_diffusion_decoder.py",
     ),
     Exercise(

@@ -1,4 +1,4 @@
-"""prepare_for_sampling(compile=True): torch.compile's step draws the same, is compiled rarely, and keeps to what torch's
+"""prepare_for_sampling(compile=True): the compiled step draws the same, is compiled rarely, and keeps to what torch's
 CUDA graphs demand, as far as a CPU can tell."""
 
 import subprocess

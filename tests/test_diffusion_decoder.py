@@ -78,9 +78,9 @@ def test_linears_start_with_standard_deviation_0_02_and_without_bias():
 # Time
 
 
-def test_time_embedding_is_sinusoids_of_1000_t_cosines_first():
+def test_the_waves_are_sinusoids_of_1000_t_cosines_first():
     t = torch.tensor([0.0, 0.123, 1.0])
-    out = dar.time_embedding(t, 768)
+    out = dar.TimeEmbedding(768).waves(t)
     assert out.shape == (3, 768) and out.dtype == torch.float32
     for b in range(3):
         for i in (0, 1, 100, 383):
@@ -92,7 +92,7 @@ def test_time_embedding_is_sinusoids_of_1000_t_cosines_first():
 def test_the_time_mlp_is_linear_silu_linear(random_weights):
     embed, t = random_weights(dar.TimeEmbedding(WIDTH)), torch.rand(3)
     first, last = embed.mlp[0], embed.mlp[2]
-    hidden = dar.time_embedding(t, WIDTH) @ first.weight.T + first.bias
+    hidden = embed.waves(t) @ first.weight.T + first.bias
     torch.testing.assert_close(embed(t), (hidden * hidden.sigmoid()) @ last.weight.T + last.bias)
 
 
