@@ -1,10 +1,10 @@
 """D-AR in one file: diffusion as next-token prediction (Gao & Shou, "D-AR: Diffusion via Autoregressive Models",
 arXiv 2505.23660), in the order in which one would teach it.
 
-The method in five sentences. A flow turns noise into an image in K steps. A tokenizer writes an image as N tokens in K
-groups, and each step of the flow is told what to do by one group alone. So the tokens stand in the order of the flow:
-the first ones decide the layout, the last ones the detail. A plain Llama learns to write tokens from left to right.
-Whenever it has finished a group, the picture can take its next step at once.
+A flow turns noise into an image in K steps. A tokenizer writes an image as N tokens in K groups, and each step of the
+flow is told what to do by one group alone. So the tokens stand in the order of the flow: the first ones decide the
+layout, the last ones the detail. A plain Llama learns to write tokens from left to right. Whenever it has finished a
+group, the picture can take its next step at once.
 
     chapter               what                                            where the paper has it
     1  Schedule and flow  condition_group, interpolate, solver_step       eq. 3, 4, 5, 8, Table 2
@@ -15,7 +15,7 @@ Whenever it has finished a group, the picture can take its next step at once.
     6  Llama              ARTransformer, ar_loss                          eq. 6, section 4
     7  Generation         generate_groups, guidance_schedule              section 5, Table 4
     8  Streaming          stream                                          Fig. 1, section 3.3
-       The lesson ends here. What follows is needed to run it, not to understand it.
+       The lesson ends here; the rest is needed to run it.
     9  Checkpoints        load_tokenizer, load_ar, TOKENIZER_PRESETS      (the authors' released files, and ours)
     10 Shared tools       prepare_for_sampling, pictures, processes       (what sampling and metrics share)
 
@@ -28,11 +28,11 @@ Symbols, the paper's where it has them:
     B, C, P       in shapes: images in a batch; width of a model; patches of an image
 
 Words that the paper takes as known:
-    LPIPS         distance of two images in the features of a trained network (VGG-16), which judges much as people do
-    REPA          an extra loss: from a hidden state, predict the features that a trained network (DINOv2) has there
+    LPIPS         distance of two images in the features of a trained network (VGG-16); judges much as people do
+    REPA          an extra loss: from a hidden state, predict a trained network's (DINOv2's) features
     AdaLN-zero    a block whose LayerNorms are shifted, scaled and gated by a condition; the gates start at zero
     guidance      the difference between a model's answers with and without the class, exaggerated (chapter 7)
-    rFID          FID (distance of two sets of images) between images and what the tokenizer makes of them
+    rFID          FID, a distance of two sets of images, between images and their reconstructions
 """
 
 import contextlib
@@ -64,12 +64,9 @@ EPS = 1e-6  # of every LayerNorm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Schedule and flow
-#
 # Flow matching draws a straight line from noise x0 ~ N(0, I) to an image x1, and moves along it:
-#
 #     x_t = t x1 + (1 - t) x0            for t from 0 (noise) to 1 (image)                    eq. 3
 #     v = d x_t / dt = x1 - x0           the velocity, the same everywhere on the line        eq. 4
-#
 # A network learns to tell v from x_t and t. A picture is drawn by starting at noise and following that velocity.
 #
 # D-AR's own idea is which tokens the network sees at which time. Time is cut into K parts. In part k the network sees
@@ -77,13 +74,10 @@ EPS = 1e-6  # of every LayerNorm
 # things are while the picture is still noise, late groups say what the details are.
 #
 # The parts are equal in a uniform time s, and t is a bent s:
-#
 #     t = s / (s + beta (1 - s))                                                              eq. 8
-#
 # With beta > 1 early flow times, where the layout is decided, get more than their share of parts, and so of tokens.
 #
 # Example with K = 4 and beta = 2. A picture drawn in four steps starts them at s = 0, 1/4, 1/2 and 3/4:
-#
 #     s                        0      0.125  0.25   0.375  0.5    0.625  0.75   0.875  1
 #     t                        0      0.067  0.143  0.231  0.333  0.455  0.6    0.778  1
 #     group, rule "ceil"       0      0      1      1      2      2      3      3      3
@@ -96,34 +90,27 @@ def shift_time(s: Tensor | float, beta: float) -> Tensor | float:
 
 
 def unshift_time(t: Tensor | float, beta: float) -> Tensor | float:
-    """Eq. 5, the inverse: flow time t in [0, 1] -> s = t / (t + (1 - t) / beta). Only tests need it: training and
-    sampling both start from s."""
+    """Eq. 5, the inverse: flow time t in [0, 1] -> s = t / (t + (1 - t) / beta)."""
     return t / (t + (1 - t) / beta)
 
 
 def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> Tensor | int:
     """Eq. 5: the group k that conditions the flow at uniform time s in [0, 1].
-
-    "ceil":     k = min(floor(s K), K - 1)           each group owns one K-th of s
-    "nearest":  k = min(floor(s K + 1/2), K - 1)     the first group owns half a K-th, the last one and a half
-
-    "ceil" is the paper's rule, which counts groups from one: k = ceil(s K). The two differ at an edge s = i/K, where
-    paper's names the part of time that ends; a step that starts there needs the part that begins. The released weights
-    were trained with "nearest". s: float tensor -> int64 tensor; number -> int. Raises ValueError on another rule."""
+        "ceil":     k = min(floor(s K), K - 1)           each group owns one K-th of s
+        "nearest":  k = min(floor(s K + 1/2), K - 1)     the rule of the released weights
+    The paper writes k = ceil(s K), counting from one. At an edge s = i/K this names the part of time that ends there; a
+    step that starts there needs the part that begins. s: float tensor -> int64 tensor; number -> int."""
     if not isinstance(s, Tensor):
         return int(condition_group(torch.tensor(s, dtype=torch.float64, device="cpu"), num_groups, rule))
-    if rule == "ceil":
-        group = floor_of_product(s, num_groups)
-    elif rule == "nearest":
-        group = (floor_of_product(s, 2 * num_groups) + 1) // 2
-    else:
-        raise ValueError(f"group rule {rule!r}: expected 'ceil' (paper, eq. 5) or 'nearest' (released weights)")
-    return group.clamp(0, num_groups - 1)
+    require(
+        rule in ("ceil", "nearest"), f"group rule {rule!r}: expected 'ceil' (paper) or 'nearest' (released weights)"
+    )
+    k = floor_of_product(s, num_groups) if rule == "ceil" else (floor_of_product(s, 2 * num_groups) + 1) // 2
+    return k.clamp(0, num_groups - 1)
 
 
 def floor_of_product(s: Tensor, n: int) -> Tensor:
-    """floor(s n) as int64, made safe against rounding: computed as (1/49) · 49, one is a little less than one, and
-    its floor would be 0. The result is the largest i with i/n <= s."""
+    """floor(s n) as int64, but safe against rounding ((1/49) · 49 < 1): the largest i with i/n <= s."""
     i = (s * n).floor()
     i = i + ((i + 1) / n <= s).to(i.dtype)
     return (i - (i / n > s).to(i.dtype)).long()
@@ -136,34 +123,27 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 
 
 def jump_estimate(x_t: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
-    """Section 5.1: straight on from x_t to time 1, with the velocity at x_t: x1 = x_t + (1 - t) v.
-    This is what a preview is. It costs no network call, since a sampling step has computed v. t: [B] or a number."""
+    """Section 5.1: straight on from x_t to time 1, x1 = x_t + (1 - t) v. A preview is this. It costs no network call,
+    since a sampling step has computed v. t: [B] or a number."""
     if isinstance(t, Tensor):
         t = t.view(-1, *[1] * (x_t.ndim - 1))
     return x_t + (1 - t) * velocity
 
 
 def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -> list[tuple[float, float, int]]:
-    """Eq. 8: the S steps that draw a picture, each as (t at its start, t at its end, its group).
-    Step i starts at s = i/S. With S = K, the paper's default, each group is used exactly once; with S < K some groups
-    are passed over; with S > K some serve several steps. Raises ValueError if num_steps < 1."""
-    if num_steps < 1:
-        raise ValueError(f"{num_steps} sampling steps: expected at least 1")
-    s = [i / num_steps for i in range(num_steps + 1)]
-    t = [shift_time(value, beta) for value in s]
-    return [(t[i], t[i + 1], condition_group(s[i], num_groups, rule)) for i in range(num_steps)]
+    """Eq. 8: the S steps that draw a picture, each as (t at its start, t at its end, its group). Step i starts at i/S.
+    With S = K, the paper's default, each group is used once; else some serve no step, or several."""
+    require(num_steps >= 1, f"{num_steps} sampling steps: expected at least 1")
+    t = [shift_time(i / num_steps, beta) for i in range(num_steps + 1)]
+    return [(t[i], t[i + 1], condition_group(i / num_steps, num_groups, rule)) for i in range(num_steps)]
 
 
 def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: str) -> Tensor:
     """One step of length h from x, where the velocity is v and was v_prev at the step before (None at the first).
-
-    "euler":  x + h v
-    "ab2":    x + h (3/2 v - 1/2 v_prev)     two-step Adams-Bashforth, "Adams 2nd" in Table 2; its first step is Euler's
-
-    The weights 3/2 and -1/2 are right for steps of equal length. The shifted steps are not equal; the paper's best
-    result is with these weights all the same. Raises ValueError on another solver."""
-    if solver not in ("euler", "ab2"):
-        raise ValueError(f"solver {solver!r}: expected 'euler' or 'ab2'")
+        "euler":  x + h v
+        "ab2":    x + h (3/2 v - 1/2 v_prev)     two-step Adams-Bashforth, "Adams 2nd" in Table 2; the first is Euler's
+    These weights are right for equal steps, which the shifted ones are not; the paper's best result has them."""
+    require(solver in ("euler", "ab2"), f"solver {solver!r}: expected 'euler' or 'ab2'")
     if solver == "ab2" and v_prev is not None:
         v = 1.5 * v - 0.5 * v_prev
     return x + h * v
@@ -171,19 +151,15 @@ def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: s
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Quantizer
-#
 # An image becomes tokens in two steps. An encoder (chapter 5) turns the image and N learned queries q into N feature
 # vectors f; the quantizer then replaces each f by the nearest of the V rows of a codebook, and the row's number is the
 # token:
-#
 #     [z_1, ..., z_N] = quant(encoder(image, [q_1, ..., q_N]))                                eq. 1
-#
 # Features and rows have length one (appendix I). Then |f - z|^2 = 2 - 2 f·z, so the nearest row is the row with the
 # largest inner product.
 #
 # Choosing a row has no gradient. So z passes its gradient on to f as if the two were equal ("straight through"), and
 # two losses bring them together, where sg[] means "without gradient":
-#
 #     l_vq     = |sg[f] - z|^2           moves the codebook's rows to the features
 #     l_commit = |f - sg[z]|^2           keeps the features near the rows, with a weight of 0.25
 
@@ -226,12 +202,9 @@ class VectorQuantizer(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. Attention and blocks
-#
 # A token's query q is compared with the keys k of the tokens that it may attend to, and the result is a mean of their
 # values v, weighted by how well the keys fit:
-#
 #     attend(q, k, v) = softmax(q k^T / sqrt(64)) v
-#
 # A rotary embedding (RoPE) tells attention where tokens are: each pair of numbers in a query or key is turned by an
 # angle proportional to the token's place. The product of a turned query and a turned key then depends only on how far
 # apart the two tokens are.
@@ -247,8 +220,8 @@ def rope_1d(place: Tensor) -> Tensor:
 
 def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) -> Tensor:
     """Rotations of a height x width grid of patches in row-major order, float32 [height·width + num_unplaced, 32, 2].
-    The first 16 pairs of a head turn by the row, the last 16 by the column, pair i by row or column · 10000^(-i/16).
-    The num_unplaced tokens after the patches have no place in the image and are not turned (appendix I)."""
+    The first 16 pairs of a head turn by the row, the last 16 by the column, pair i by that · 10000^(-i/16). The
+    num_unplaced tokens after the patches have no place in the image and are not turned (appendix I)."""
     frequency = 10000.0 ** (-torch.arange(16, device=device) / 16)
     row = torch.arange(height, device=device).repeat_interleave(width)
     column = torch.arange(width, device=device).repeat(height)
@@ -276,8 +249,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class Attention(nn.Module):
-    """The tokenizer's attention, to the tokens themselves or to a context. The queries and keys of each head pass a
-    LayerNorm before they are compared (appendix I)."""
+    """The tokenizer's, to the tokens themselves or to a context; queries and keys pass a LayerNorm (appendix I)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -310,8 +282,7 @@ class MLP(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """The block of encoder and causal decoder. Learned gates scale its two branches; they start at zero, so a fresh
-    block is the identity."""
+    """The block of encoder and causal decoder. Its learned gates start at zero, so a fresh block is the identity."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -340,12 +311,9 @@ def init_linears(module: nn.Module, std: float) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Diffusion decoder
-#
 # The network of the flow, D_FM in Fig. 4. It is trained to tell the velocity from the point x_t, the time t and c(t),
 # the tokens of the group that chapter 1 assigns to this time:
-#
 #     l_fm = mean of |v - D_FM(x_t, t, c(t))|^2                                               eq. 2
-#
 # It is a diffusion transformer (DiT) on patches of pixels. In each block a condition m shifts, scales and gates what
 # attention and MLP do: x + gate · f(shift + (1 + scale) · norm(x)), with shift, scale and gate a Linear of m. In DiT
 # m is one vector for the whole picture. Here every patch has its own: what this patch reads from the group's tokens by
@@ -390,8 +358,8 @@ class DiffusionBlock(nn.Module):
 
 
 class DiffusionDecoder(nn.Module):
-    """D_FM of eq. 2. With a repa_layer it has one more output for eq. 7: the hidden state that enters that block also
-    goes through a small network, the REPA head, whose result the training compares to DINOv2's features."""
+    """D_FM of eq. 2. For eq. 7, the hidden state that enters block repa_layer, if there is one, also goes through the
+    REPA head, a small network whose result the training compares to DINOv2's features."""
 
     REPA_GRID, REPA_WIDTH, REPA_HIDDEN = 16, 768, 2048  # DINOv2 ViT-B/14 sees 224 pixels: 16x16 features of width 768
 
@@ -435,9 +403,7 @@ class DiffusionDecoder(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Tokenizer
-#
 # The parts of Fig. 4, with the sizes of the paper's model:
-#
 #     image [3, 256, 256]                                              noise x0 [3, 256, 256]
 #       | cut into patches of 16x16 pixels                               | cut into patches of 8x8 pixels
 #     256 patches and 256 learned queries                              1024 patches
@@ -448,7 +414,6 @@ class DiffusionDecoder(nn.Module):
 #       | causal decoder                                                 |
 #     z', in 8 groups of 32  ------- group k, in part k of time ------>  | diffusion decoder (chapter 4), 8 steps
 #                                                                      image
-#
 # Encoder. Patches and queries go through a transformer together. Query i reads all patches and the queries before it. A
 # patch reads no query: otherwise query i could learn through a patch, one block later, what a later query has read, and
 # the order of the tokens would be lost.
@@ -460,8 +425,7 @@ class DiffusionDecoder(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """All that shapes a tokenizer; the defaults are the paper's (others: TOKENIZER_PRESETS in chapter 9).
-    Raises ValueError, naming the value, on what cannot be built."""
+    """All that shapes a tokenizer; the defaults are the paper's. Raises ValueError on what cannot be built."""
 
     image_size: int = 256  # pixels a side that decode() draws when it is given no noise
     encoder_patch: int = 16  # pixels a side
@@ -497,7 +461,7 @@ class TokenizerConfig:
 
 
 class StreamStep(typing.NamedTuple):
-    """Where a picture stands once a further group of tokens is known. Images are float32 [B, 3, H, W], not clamped."""
+    """A picture once a further group of tokens is known. Images are float32 [B, 3, H, W], not clamped."""
 
     codes: Tensor  # int64 [B, n], the tokens so far
     x: Tensor  # x_t / data_scale; after the last group this is the picture
@@ -505,7 +469,7 @@ class StreamStep(typing.NamedTuple):
 
     @property
     def preview(self) -> Tensor:
-        """The newest of them. There always is one, since the first step uses the first group."""
+        """The newest; there always is one, since the first step uses the first group."""
         return self.previews[-1]
 
 
@@ -525,8 +489,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         self.decoder_embedding = nn.Embedding(c.max_tokens, c.decoder_width)  # learned positions
         self.decoder_layers = nn.ModuleList(GatedBlock(c.decoder_width) for _ in range(c.decoder_layers))
         init_linears(self, c.init_std)
-        # Codes enter the causal decoder at the scale of a LayerNorm's output, far above the positions. With weights of
-        # 0.02 and positions of N(0, 1), z' would hardly depend on the codes for the first hundreds of steps.
+        # Codes enter the causal decoder far above the positions; else z' would hardly depend on them for long.
         nn.init.normal_(self.quant_out.weight)
         nn.init.normal_(self.decoder_embedding.weight, std=0.02)
         self.diffusion = DiffusionDecoder(  # comes after init_linears, which would undo its zero-initialised layers
@@ -562,9 +525,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         images: float [B, 3, H, W] in [-1, 1].
         s: uniform times [B, R], one drawn for each image if None. R > 1 is ours: several times for one encoding.
         noise: x0 [B, R, 3, H, W], drawn if None.
-        code_noise: [B, N, D], for a codebook warm-up, which is ours too: features are not quantized, and this noise
-            stands for the error that the quantizer will make. At first all features are alike; quantized at once, they
-            would use few codes for long.
+        code_noise: [B, N, D], for a codebook warm-up (ours): features are not quantized, and this noise stands for the
+            quantizer's error. At first all features are alike; quantized at once, they would use few codes for long.
         Returns what tokenizer_loss needs: "fm", l_fm of eq. 2 divided by data_scale²; "vq", "commit" with its weight,
         and "kept", the number of tokens that these two are means of; "pred_image", the jump estimates [B·R, 3, H, W],
         not clamped; "repa" [B·R, g·g, 768], if there is a REPA head. And "codes", int64 [B, N]."""
@@ -572,8 +534,8 @@ class SequentialDiffusionTokenizer(nn.Module):
         s = (torch.rand(batch, device=images.device) if s is None else s).view(batch, -1)  # [B, R]
         group = condition_group(s, c.num_groups, c.group_rule)  # [B, R]
 
-        # An image's tokens after the last group in use do nothing in this step: the velocity has no say in what they
-        # mean. So l_vq and l_commit leave them out, which else would tie codes and features that nobody has used.
+        # Tokens after the last group in use have no part in this step's velocity, and so no meaning yet that l_vq and
+        # l_commit could tie them to: these losses leave them out.
         used = (group.amax(1, keepdim=True) + 1) * c.group_size
         keep = torch.arange(c.num_tokens, device=images.device) < used  # [B, N]
         f = self.encoder(images)
@@ -633,10 +595,9 @@ class SequentialDiffusionTokenizer(nn.Module):
             yield StreamStep(seen, x / c.data_scale, previews)
 
     def decode(self, codes: Tensor, noise: Tensor | None = None, num_steps=None, solver: str = "ab2") -> Tensor:
-        """Tokens int64 [B, n] -> images, float32 [B, 3, H, W], about [-1, 1] and not clamped.
-        noise: x0 [B, 3, H, W], which sets the size; drawn at config.image_size if None. num_steps: S.
-        n < N tokens, in whole groups, give the last preview that they allow (section 5.1, Table 5). Raises ValueError
-        if n is no multiple of N/K, or if a code or a size does not fit."""
+        """Tokens int64 [B, n] -> images, float32 [B, 3, H, W], about [-1, 1] and not clamped. noise: x0 [B, 3, H, W],
+        which sets the size; drawn at config.image_size if None. num_steps: S. n < N tokens, in whole groups of N/K,
+        give the last preview that they allow (section 5.1, Table 5). Raises ValueError if something does not fit."""
         last = self._denoise_codes(codes, noise, num_steps, solver)
         return last.x if codes.shape[1] == self.config.num_tokens else last.preview
 
@@ -659,13 +620,9 @@ def tokenizer_loss(
     out: dict[str, Tensor], images: Tensor, lpips=None, lpips_weight=0.5, repa_target=None, repa_weight=0.5
 ) -> dict[str, Tensor]:
     """Eq. 7, the loss of the tokenizer, as its terms, each with its weight. The loss is their sum:
-
         l = l_fm + (l_vq + 0.25 l_commit) + 0.5 l_LPIPS + 0.5 l_repa
-
-    l_fm alone asks for the mean velocity, and few steps along it give blurred pictures. l_LPIPS asks that the jump
-    estimate looks like the image. l_repa is 1 - cosine between the REPA head's output and DINOv2's features: it makes
-    the decoder learn sooner what is in the picture. The authors add no adversarial loss.
-
+    l_fm asks for the mean velocity; few steps along it give blurred pictures. l_LPIPS asks that the jump estimate looks
+    like the image; l_repa, 1 - cosine between the REPA head's output and DINOv2's features, speeds up learning.
     out: what the tokenizer returned for images [B, 3, H, W] in [-1, 1]. lpips: (images, images) -> their distances.
     repa_target: DINOv2's features of the images, [B, g·g, 768]. A term whose network is None is left out."""
     terms = {name: out[name] for name in ("fm", "vq", "commit")}
@@ -681,14 +638,10 @@ def tokenizer_loss(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Llama
-#
 # A decoder-only transformer as it is used for text: RMSNorm, SwiGLU, RoPE along the sequence. It learns the probability
 # of an image's tokens, each given its class y and the tokens before it:
-#
 #     p(z | y) = p(z_1 | y) p(z_2 | y, z_1) ... p(z_N | y, z_1, ..., z_{N-1})                 eq. 6
-#
 # Nothing in it knows about images. That is the point of D-AR: the order of the tokens is already right.
-#
 #     place      0         1         2               N
 #     input      class y   z_1       z_2       ...   z_N
 #     output     z_1       z_2       z_3       ...             what is predicted at this place
@@ -722,8 +675,8 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """The keys and values that one attention layer has computed, float [B, heads, length, 64] each. A token attends to
-    the tokens before it, whose keys and values never change; so they are kept, and each token is run only once."""
+    """An attention layer's keys and values, float [B, heads, length, 64] each. Those of earlier tokens never change; so
+    they are kept, and each token is run only once."""
 
     def __init__(self, k: Tensor, v: Tensor):
         self.k, self.v = k, v
@@ -837,17 +790,17 @@ class ARTransformer(nn.Module):
     def generate(
         self, labels: Tensor, num_tokens: int | None = None, cfg=(1.1, 8.0), seeds=None, greedy=False, **more
     ) -> Tensor:
-        """Draws tokens int64 [B, num_tokens] (default: N) for classes int64 [B]; call eval() first. The arguments, of
-        which there are more (prefix, temperature, top_k, top_p), and the errors are those of generate_groups."""
+        """Draws tokens int64 [B, num_tokens] (default: N) for classes int64 [B]; call eval() first. Arguments (also
+        prefix, temperature, top_k, top_p) and errors are those of generate_groups."""
         size = num_tokens or self.config.num_tokens
         return torch.cat(list(generate_groups(self, labels, size, num_tokens, cfg, seeds, greedy, **more)), 1)
 
 
 def ar_loss(model: nn.Module, codes: Tensor, labels: Tensor, dropped=None, num_classes: int | None = None) -> Tensor:
-    """Eq. 6 as a loss: -log p(z | y) / N, a mean over the images; nats per token, scalar.
-    codes: int64 [B, N], labels: int64 [B]. The model reads the class and all tokens but the last, and predicts all.
-    dropped: bool [B], where true "no class", number num_classes, is read instead. The recipe drops 10% of the
-    classes at random, since guidance (chapter 7) needs a model that can also do without one."""
+    """Eq. 6 as a loss: the mean of -log p(z | y) / N, nats per token, for codes int64 [B, N] and labels int64 [B]. The
+    model reads the class and all tokens but the last, and predicts all of them. dropped: bool [B], where true "no
+    class", number num_classes, is read instead. The recipe drops 10% of the classes at random, since guidance (chapter
+    7) needs a model that can also do without one."""
     if dropped is not None:
         labels = labels.masked_fill(dropped, num_classes)
     logits = model(codes[:, :-1], labels)  # [B, N, V]
@@ -856,15 +809,12 @@ def ar_loss(model: nn.Module, codes: Tensor, labels: Tensor, dropped=None, num_c
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 7. Generation
-#
 # Tokens are drawn from left to right, each from the distribution that the Llama gives it. Guidance makes pictures look
 # more like their class, at the price of variety. The model is asked twice, with the class (logits c) and without
 # (logits u), and the difference is exaggerated:
-#
 #     u + scale (c - u)                  scale 1: as it is; above 1: more of what the class changes
-#
-# In the paper the scale rises from the first token to the last. The first tokens decide the layout, where strong
-# guidance would make all pictures alike; the last ones decide details, where it makes them clean.
+# In the paper the scale rises from the first token to the last. Strong guidance would make all layouts alike, which the
+# first tokens decide; it makes details clean, which the last ones decide.
 #
 # All randomness of a picture comes from its own seed. So a picture does not depend on the batch that it is drawn in, or
 # on how many processes share the work.
@@ -884,14 +834,12 @@ def guidance_schedule(cfg: float | tuple[float, float] | None, num_tokens: int) 
 
 
 def resolve_seeds(seeds: int | list[int] | None, count: int) -> list[int]:
-    """One seed for each of count pictures: an int s means s, s+1, ...; None draws fresh ones. Raises ValueError for
-    another number of seeds, or one outside 0 ... 2**31 - 1."""
+    """A seed for each of count pictures: an int s means s, s+1, ...; None draws fresh ones. Else raises ValueError."""
     if seeds is None:
         return torch.randint(2**31, (count,)).tolist()
     seeds = [int(seed) for seed in seeds] if hasattr(seeds, "__len__") else [int(seeds) + i for i in range(count)]
-    require(len(seeds) == count, f"{len(seeds)} seeds for {count} pictures: expected one each")
-    for seed in seeds:
-        require(0 <= seed < 2**31, f"seed {seed}: expected 0 ... {2**31 - 1}")
+    fits = len(seeds) == count and all(0 <= seed < 2**31 for seed in seeds)
+    require(fits, f"seeds {str(seeds):.40}: expected {count} of them, each 0 ... {2**31 - 1}")
     return seeds
 
 
@@ -907,10 +855,9 @@ def initial_noise(seeds: list[int], size: int, device: torch.device) -> Tensor:
 
 
 def gumbel_noise(seeds: list[int], vocab_size: int, device: torch.device) -> Iterator[Tensor]:
-    """The noise that draws a token, float32 [B, V], for one token after another, each picture's from its own seed.
-
-    Adding it to logits and taking the largest draws from softmax(logits): this is Gumbel noise, and -log of an
-    exponentially distributed number is a Gumbel number. It is drawn for 32 tokens at a time."""
+    """The noise that draws a token, float32 [B, V], for one token after another, each picture's from its own seed. To
+    add Gumbel noise to logits and take the largest is to draw from softmax(logits); and -log of an exponentially
+    distributed number is Gumbel noise. It is drawn for 32 tokens at a time."""
     generators = picture_generators(seeds, 1, device)
     exponential = torch.empty(len(seeds), 32, vocab_size, device=device)
     while True:
@@ -948,8 +895,7 @@ def generate_groups(
 ) -> Iterator[Tensor]:
     """Draws num_tokens (default: N) tokens for classes int64 [B], and yields int64 [B, group_size] whenever so many are
     drawn. cfg: see guidance_schedule. seeds: see resolve_seeds. greedy: take the likeliest token. prefix: tokens int64
-    [n] or [B, n] that are kept as they are (section 5.1, zero-shot control). filters: temperature, top_k, top_p.
-    Raises ValueError, naming it, for a value that is out of range."""
+    [n] or [B, n] to keep as they are (section 5.1, zero-shot control). filters: of filter_logits. Raises ValueError."""
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = check_generation(ar.config, labels, count, prefix, **filters)  # [B, n]
     scales = guidance_schedule(cfg, count)
@@ -979,27 +925,22 @@ def generate_groups(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Streaming
-#
 # Fig. 1: while the Llama writes, each finished group of tokens takes the picture one step on, and the velocity of that
 # step gives a preview for nothing.
 #
 # Another picture's layout for a class of one's own (Fig. 6) is three lines, since the first tokens carry the layout:
-#
 #     prefix = tokenizer.encode(image)[:, :32]             # [1, 32]
 #     for step in stream(ar, tokenizer, labels=torch.tensor([207]), prefix=prefix):
 #         show(step.preview)
-#
-# An eighth to a half of the tokens is worth trying. The fewer are kept, the more is left to the class; each further
-# group keeps more of the other picture, from its colours and places down to its details.
+# An eighth to a half of the tokens is worth trying: the fewer are kept, the more is left to the class.
 
 
 def stream(
     ar, tokenizer, labels: Tensor, cfg=(1.1, 8.0), seeds=None, noise=None, num_steps=None, solver="ab2", **sampling
 ) -> Iterator[StreamStep]:
-    """Section 3.3: yields a StreamStep after each group of N/K tokens; the last one's x is the finished picture.
-    labels, cfg, seeds and sampling (greedy, prefix, temperature, top_k, top_p) are those of generate_groups, num_steps
-    and solver those of the tokenizer's decode. noise: x0; each picture's own, from its seed, if None.
-    The same tokens and noise given to decode() end in the same picture, since both are tokenizer.denoise."""
+    """Section 3.3: yields a StreamStep after each group of N/K tokens. The last one's x is the finished picture, which
+    decode() makes too of these tokens and this noise. noise: x0, from each picture's seed if None. num_steps and solver
+    are decode()'s; the others, also greedy, prefix, temperature, top_k and top_p, generate_groups'."""
     check_same_tokens(ar.config, tokenizer.config)
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
@@ -1008,22 +949,18 @@ def stream(
     return tokenizer.denoise(groups, noise, num_steps, solver)
 
 
-# The lesson ends here.
-
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. Checkpoints
-#
-# Ours are one file of plain dicts and tensors: {"format", "kind", "config", "model"} and, where there are any, "ema"
-# (averaged weights, which loading prefers), "class_names", "tokenizer" (a tokenizer's checkpoint inside a Llama's) and
-# "training" (what resuming needs). The authors' files are told from ours by what is in them, and renamed key by key.
-# Either way a file is data: nothing in it can run.
+# 9. Checkpoints (the lesson has ended; the rest is needed to run it)
+# Ours are plain dicts and tensors: {"format", "kind", "config", "model"} and perhaps "ema" (averaged weights, which
+# loading prefers), "class_names", "tokenizer" (inside a Llama's) and "training" (what resuming needs). The authors' are
+# renamed key by key. Either way a file is data: nothing in it can run.
 
 FORMAT = "dar-1"
 
 
 @contextlib.contextmanager
 def about(path: str | Path) -> Iterator[None]:
-    """Puts the file's name before an error's message, in one line whatever a damaged file brought into it."""
+    """Puts the file's name before an error's message, and makes that one line."""
     try:
         yield
     except (ValueError, FloatingPointError) as error:
@@ -1032,8 +969,7 @@ def about(path: str | Path) -> Iterator[None]:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A .pt file as a dict. Its tensors are mapped, not read: what is never used costs neither time nor memory.
-    Raises OSError if it cannot be opened, and ValueError in one line if it is damaged or asks to run code."""
+    """A .pt file as a dict, its tensors mapped, not read. Raises OSError, or ValueError: damaged, or holding code."""
     open(path, "rb").close()
     inert = types.SimpleNamespace  # holds attributes and does nothing; for classes that the released files name
     stand_ins = torch.serialization.safe_globals([(inert, "argparse.Namespace"), (inert, "config_util.Config")])
@@ -1050,16 +986,15 @@ def read_checkpoint(path: str | Path) -> dict:
             found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
             if found and "weights_only" in str(error):
                 raise ValueError(f"refused: it holds {found[1]}, which could run code; only plain data loads") from None
-            hint = "copy or download it again; if an old torch wrote it, load it with that one and torch.save it anew"
-            raise ValueError(f"damaged, or no checkpoint in torch's zip format ({hint})") from None
+            hint = "copy it again; one of an old torch: load it with that and torch.save it anew"
+            raise ValueError(f"damaged, or not in torch's zip format ({hint})") from None
         require(isinstance(data, dict), f"holds a {type(data).__name__}, expected a checkpoint's dict")
     return data
 
 
 def save_checkpoint(path, model: nn.Module, ema=None, training: dict | None = None, dtype=None, before=None) -> None:
-    """Writes a tokenizer, or a Llama with the tokenizer and class names that it has, in our format. ema: the model of
-    averaged weights. training: plain data for resuming. dtype: of the weights, as they are if None. before: see
-    write_atomically. Raises OSError if the file cannot be written."""
+    """Writes a tokenizer, or a Llama with its tokenizer and class names. ema: the model of averaged weights. training:
+    plain data for resuming. dtype: of the weights."""
 
     def as_dict(of: nn.Module) -> dict:
         kind = "ar" if isinstance(of, ARTransformer) else "tokenizer"
@@ -1071,14 +1006,14 @@ def save_checkpoint(path, model: nn.Module, ema=None, training: dict | None = No
         data["tokenizer"] = as_dict(model.tokenizer)
     if getattr(model, "class_names", None) is not None:
         data["class_names"] = list(model.class_names)
-    data |= {} if ema is None else {"ema": as_dict(ema)["model"]}
-    data |= {} if training is None else {"training": training}
+    more = {"ema": ema and as_dict(ema)["model"], "training": training}
+    data |= {name: value for name, value in more.items() if value is not None}
     write_atomically(path, lambda file: torch.save(data, file), before)
 
 
 def write_atomically(path: str | Path, write: Callable, before: Path | None = None) -> None:
-    """Calls write(file) on a neighbour, PATH.tmp, flushes it to the disk and renames it to path: the file appears whole
-    or not at all. The file that was there is renamed to `before`, if that is given. Raises OSError."""
+    """Calls write(file) on PATH.tmp, flushes it to the disk and renames it to path: the file appears whole or not at
+    all. What was there is renamed to `before`, if that is given. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -1097,9 +1032,8 @@ def write_atomically(path: str | Path, write: Callable, before: Path | None = No
 
 
 def load_tokenizer(path, device="cpu", dtype=None, data: dict | None = None) -> SequentialDiffusionTokenizer:
-    """A tokenizer from our format or the authors' released layout, in eval mode. dtype: of the weights, the file's if
-    None. data: what was read from the file, if it was. Raises OSError; ValueError naming the file and each key that is
-    missing, unexpected or of a wrong shape; FloatingPointError if a weight is not finite."""
+    """A tokenizer from our format or the authors', in eval mode. data: the file's content, if it was read. Raises
+    OSError, ValueError (damaged, or keys do not fit) or FloatingPointError (not finite), naming the file."""
     data = read_checkpoint(path) if data is None else data
     with about(path):
         config, state = recognise(data, TokenizerConfig, "a tokenizer", "patchify.weight")
@@ -1108,8 +1042,8 @@ def load_tokenizer(path, device="cpu", dtype=None, data: dict | None = None) -> 
 
 
 def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens: int | None = None) -> ARTransformer:
-    """A Llama from our format or the released layout, in eval mode; `tokenizer` is the one given, else the file's, else
-    None. Released files do not say N: it is the tokenizer's, else num_tokens, else 256. Raises as load_tokenizer."""
+    """A Llama, likewise, with the tokenizer given or the file's. N of a released file is the tokenizer's, else
+    num_tokens, else 256."""
     data = read_checkpoint(path)
     with about(path):
         if tokenizer is None and "format" in data and "tokenizer" in data:
@@ -1129,26 +1063,31 @@ def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens: int | No
     return ar
 
 
-RELEASED_NAMES = {  # beginning of a name in the authors' files -> ours; the first one that fits is taken
-    "quant_in_conv.": "quant_in.",
-    "quant_out_conv.": "quant_out.",
-    "diff_decoder.net.conv_in.": "diffusion.patch_in.",
-    "diff_decoder.net.conv_out.": "diffusion.patch_out.",
-    "diff_decoder.net.repa_out.": "diffusion.repa_head.",
-    "diff_decoder.net.": "diffusion.",
-    "cls_embedding.embedding_table.": "cls_embedding.",
+RELEASED_NAMES = {  # in a name of the authors' files, or of a file that DDP or torch.compile left -> ours
+    r"^((module|_orig_mod)\.)+": "",
+    r"^quant_(in|out)_conv\.": r"quant_\1.",
+    r"^diff_decoder\.net\.": "diffusion.",
+    r"\.conv_(in|out)\.": r".patch_\1.",
+    r"\.repa_out\.": ".repa_head.",
+    r"\.embedding_table\.": ".",
 }
 RELEASED_SETTINGS = dict(num_all_queries="num_tokens", num_query_groups="num_groups")  # in their config -> ours
 RELEASED_SETTINGS |= dict(num_denoising_steps="num_steps", time_shift="time_shift", data_std="data_scale")
 
 
 def recognise(data: dict, config_class, kind: str, key: str) -> tuple[typing.Any, dict]:
-    """(config, or None for a released file; state dict under our names) of a file of that kind, which holds the key."""
-    state = rename(next(part for part in (data.get("ema"), data.get("model"), data) if isinstance(part, dict)))
-    if key not in state:
-        others = {"patchify.weight": "a tokenizer", "tok_embeddings.weight": "a Llama"}
-        holds = next((others[name] for name in others if name in state), "neither tokenizer nor Llama")
-        raise ValueError(f"holds {holds}, expected {kind} (with {key})")
+    """(config, or None for a released file; state dict under our names)."""
+    found = next(part for part in (data.get("ema"), data.get("model"), data) if isinstance(part, dict))
+    state = {}
+    for name, value in found.items():
+        for pattern, ours in RELEASED_NAMES.items():
+            name = re.sub(pattern, ours, str(name))
+        if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
+            value = value[:, :, 0, 0]  # released 1x1 convolutions are our Linears
+        require(name not in state, f"{name} stands in it twice, with and without a prefix")
+        state[name] = value
+    state.pop("quantize.codebook_used", None)  # the authors' count of used codes, no weight
+    require(key in state, f"expected {kind}, but it has no {key}")
     if "format" not in data:
         return None, state
     require(data["format"] == FORMAT, f"format {data['format']!r:.40}, expected {FORMAT!r}; a newer dar.py wrote it")
@@ -1158,36 +1097,18 @@ def recognise(data: dict, config_class, kind: str, key: str) -> tuple[typing.Any
         raise ValueError(f"unusable config ({error})") from None
 
 
-def rename(found: dict) -> dict:
-    """A state dict under our names, whether it is ours, a released one, or was left by DDP or torch.compile."""
-    state = {}
-    for name, value in found.items():
-        name = re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
-        released = next((beginning for beginning in RELEASED_NAMES if name.startswith(beginning)), None)
-        if released:
-            name = RELEASED_NAMES[released] + name.removeprefix(released)
-        if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
-            value = value[:, :, 0, 0]  # released 1x1 convolutions are our Linears
-        require(name not in state, f"{name} stands in it twice, with and without a prefix")
-        if name != "quantize.codebook_used":  # the authors' count of used codes, no weight
-            state[name] = value
-    return state
-
-
 def shape_of(state: dict, name: str, dims: int) -> tuple[int, ...]:
-    value = state.get(name)
-    fits = isinstance(value, Tensor) and value.ndim == dims
-    require(fits, f"{name} is missing or no tensor of {dims} dimensions, so the model's size is unknown")
-    return tuple(value.shape)
+    shape = tuple(getattr(state.get(name), "shape", ()))
+    require(len(shape) == dims, f"{name} is missing or no tensor of {dims} dimensions, so the model's size is unknown")
+    return shape
 
 
 def depth_of(state: dict, prefix: str) -> int:
-    """How many blocks there are; a gap in their numbers will show as missing and unexpected keys."""
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def released_config(config, state: dict) -> TokenizerConfig:
-    """Widths and depths from the shapes; N, K, S, data scale and beta from the config in the file, else v1's."""
+    """Sizes from the weights' shapes; N, K, S, data scale and beta from the file's config, else v1's."""
     if isinstance(config, types.SimpleNamespace):
         config = vars(config).get("_data")
     config = {} if config is None else config.get("model", config) if isinstance(config, dict) else config
@@ -1211,31 +1132,22 @@ def released_config(config, state: dict) -> TokenizerConfig:
 
 
 def assign_weights(model_class, config, state: dict, device, dtype) -> nn.Module:
-    """Builds the model without memory, accounts for every key of the state dict, and gives it copies of the tensors:
-    the file may be replaced while they are in use."""
+    """Builds the model without memory, lets torch account for every key and shape, and then copies the tensors."""
     with torch.device("meta"):
         model = model_class(config)
-    expected = model.state_dict()
-    wrong = [f"{name} is missing" for name in expected if name not in state]
-    wrong += [f"{name} is unexpected" for name in state if name not in expected]
-    for name in expected.keys() & state.keys():
-        value = state[name]
+    for name, value in state.items():
         floats = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
-        if not floats or value.is_meta or value.untyped_storage().nbytes() < value.nbytes:
-            wrong.append(f"{name} is no dense tensor of floats that are in the file")
-        elif value.shape != expected[name].shape:
-            wrong.append(f"{name} has shape {list(value.shape)}, expected {list(expected[name].shape)}")
-    wrong = sorted(wrong)[:12] + [f"and {len(wrong) - 12} more"] * (len(wrong) > 12)
-    require(not wrong, f"weights do not fit the model: {'; '.join(wrong)}")
-    weights = {name: state[name].to(device, dtype, copy=True) for name in expected}
-    for name, value in weights.items():
+        whole = floats and not value.is_meta and value.untyped_storage().nbytes() >= value.nbytes
+        require(whole, f"{name} is no dense tensor of floats that are in the file")
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"weights do not fit the model: {' '.join(str(error).split())[:1500]}") from None
+    model.load_state_dict({name: value.to(device, dtype, copy=True) for name, value in state.items()}, assign=True)
+    for name, value in model.state_dict().items():
         if not torch.stack(torch.aminmax(value)).isfinite().all():
             raise FloatingPointError(f"{name} is not finite, as after a failed training or in too small a type")
-    model.load_state_dict(weights, assign=True)
     return model.eval()
-
-
-# Checks: a config may come from any file, and a token or class that no table has would crash a GPU
 
 
 def require(condition: bool, message: str) -> None:
@@ -1244,12 +1156,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def is_number(value) -> bool:
-    """A finite real number, Python's or NumPy's, and no bool."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_fields(config, may_be_zero: tuple[str, ...]) -> None:
-    """Every number is of its field's type, positive and not huge; widths are whole heads."""
     for field in dataclasses.fields(config):
         name, value, limit = field.name, getattr(config, field.name), 1000 if "layers" in field.name else 2**31
         if field.type is str or (value is None and field.type == int | None):
@@ -1258,13 +1168,12 @@ def check_fields(config, may_be_zero: tuple[str, ...]) -> None:
         fits = is_number(value) if kind == "number" else type(value) is int
         fits = fits and 0 <= value < limit and (value > 0 or name in may_be_zero)
         require(fits, f"{name} = {value!r}: expected a {kind}, {least} to {limit}")
-        whole = not name.endswith("width") or value % HEAD_DIM == 0
-        require(whole, f"{name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head")
+        wanted = f"{name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head"
+        require(not name.endswith("width") or value % HEAD_DIM == 0, wanted)
 
 
 def check_tokenizer_config(c: TokenizerConfig) -> None:
-    layers = "encoder_layers", "decoder_layers"
-    check_fields(c, may_be_zero=("num_steps", "repa_layer", "commit_weight", *layers))
+    check_fields(c, ("num_steps", "repa_layer", "commit_weight", "encoder_layers", "decoder_layers"))
     for name, patch in ("encoder_patch", c.encoder_patch), ("diffusion_patch", c.diffusion_patch):
         require(c.image_size % patch == 0, f"image size {c.image_size} is no multiple of {name} = {patch}")
     n, k, rows, depth = c.num_tokens, c.num_groups, c.max_tokens, c.diffusion_layers
@@ -1275,9 +1184,9 @@ def check_tokenizer_config(c: TokenizerConfig) -> None:
 
 
 def check_same_tokens(ar: ARConfig, tokenizer: TokenizerConfig) -> None:
-    pairs = ("codes", ar.vocab_size, tokenizer.codebook_size), ("tokens", ar.num_tokens, tokenizer.num_tokens)
-    for what, mine, its in pairs:
-        require(mine == its, f"the model has {mine} {what}, the tokenizer {its}: they do not belong together")
+    a, b = (ar.vocab_size, ar.num_tokens), (tokenizer.codebook_size, tokenizer.num_tokens)
+    found = f"{a[0]} codes and {a[1]} tokens, the tokenizer {b[0]} and {b[1]}"
+    require(a == b, f"the model has {found}: they do not belong together")
 
 
 def check_numbers(what: str, numbers: Tensor, dims: int, count: int, most: int = 2**31) -> None:
@@ -1295,7 +1204,7 @@ def check_pixels(images: Tensor, what: str, patch: int) -> None:
 
 
 def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
-    """Returns the prefix as int64 [B, n], n = 0 if there is none."""
+    """-> the prefix, int64 [B, n], n = 0 without one."""
     require(1 <= count <= c.num_tokens, f"num_tokens = {count}: the model draws 1 ... {c.num_tokens}")
     check_numbers("class labels", labels, 1, c.num_classes + 1)
     found = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
@@ -1306,8 +1215,6 @@ def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=
     require(len(prefix) == len(labels), f"prefix for {len(prefix)} pictures, labels for {len(labels)}")
     return prefix
 
-
-# Presets
 
 LITE = dict(encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_layers=8, repa_layer=5)
 TINY = dict(image_size=32, encoder_patch=4, diffusion_patch=4, num_tokens=64, codebook_size=1024, repa_layer=None)
@@ -1330,15 +1237,12 @@ AR_PRESETS = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Shared tools
-#
 # What sampling, metrics and trainings share: speed (the same results but for rounding), processes, pictures
 
 
 def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
-    """Makes a loaded model fast, in place, with the tokenizer that it carries, and returns it. Afterwards it is neither
-    trained nor saved. On a CPU Linears are packed, and freed memory is kept. compile: for many pictures on a GPU;
-    torch.compile turns a step (of the Llama, of the flow) into one function, which is launched as one CUDA graph. The
-    first pictures then take a minute longer; each new size of batch takes some of it again."""
+    """Makes a loaded model, and the tokenizer that it carries, fast: in place, for use alone. On a CPU Linears are
+    packed. compile: for many pictures on a GPU; a step of the Llama, or of the flow, becomes one CUDA graph."""
     if getattr(model, "tokenizer", None) is not None:
         prepare_for_sampling(model.tokenizer, compile)
     keep_freed_memory()
@@ -1351,21 +1255,20 @@ def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
         model.next_logits = lambda x, *more: (fast if x.shape[1] == 1 else plain)(x, *more)  # a prefix is read once
     elif isinstance(model, SequentialDiffusionTokenizer) and "velocity" not in vars(model):
         step = quiet_compile(model.velocity, **options)
-        # A contiguous group, else each is compiled for itself; and a copy of what the next launch writes over.
+        # contiguous, else each group is compiled for itself; a copy, since the next launch writes over its result
         model.velocity = lambda x, t, tokens: step(x, t, tokens.contiguous()).clone()
     return model
 
 
 def quiet_compile(function: Callable, **options) -> Callable:
-    """torch.compile, which says less, and allows for as many batch sizes as are met, times each 64 tokens."""
+    """torch.compile that says less, and allows for many sizes of batch."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # remarks that there is no GPU
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, **options)
 
 
 class KeptCaches:
-    """In place of ARTransformer.new_caches: the last batch's memory again, to which CUDA graphs are bound, unless a
-    generator still uses it."""
+    """ARTransformer.new_caches in the last batch's memory, to which CUDA graphs are bound, unless that is in use."""
 
     def __init__(self, new_caches: Callable):
         self.new_caches, self.size, self.kept, self.user = new_caches, None, [], lambda: None
@@ -1381,8 +1284,7 @@ class KeptCaches:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Puts the weights of a CPU's Linears into the order in which oneDNN reads them: products of a few rows, as in
-    generation, take a half to a tenth of the time, float32 ones of many rows less than half."""
+    """A CPU's Linears get weights in oneDNN's own order: products of a few rows take a half to a tenth of the time."""
     for linear in model.modules():  # one by one: a second copy of all weights is never needed
         weight = linear.weight if type(linear) is nn.Linear else None
         if isinstance(weight, nn.Parameter) and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -1392,12 +1294,11 @@ def pack_linears(model: nn.Module) -> None:
             linear.forward = lambda x, rest=rest: torch.ops.mkldnn._linear_pointwise(x, *rest)
 
 
-HAS_AMX = torch.cpu._is_amx_tile_supported()
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # the processor has units for products of bfloat16 matrices
 
 
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """attend by torch's kernel. In bfloat16 on a CPU plain products are 2 to 9 times as fast as its backward pass, and
-    as its forward pass where the processor has no matrix unit (AMX)."""
+    """attend by torch's kernel, or in plain products where they are faster: 2 to 9 times, in bfloat16 on most CPUs."""
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if not slow or HAS_AMX and not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -1412,14 +1313,13 @@ def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
 @torch.compiler.substitute_in_graph(rotate)
 def _rotate_in_real_numbers(x: Tensor, rope: Tensor) -> Tensor:
-    # Under torch.compile, which knows no complex numbers but fuses these seven passes. Alone they take 15 x as long.
+    # for torch.compile, which knows no complex numbers, but fuses these seven passes into one
     (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), rope.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
 def keep_freed_memory() -> None:
-    """Linux's malloc gives large freed blocks back to the system, which hands them out anew page by page, cleared. To
-    keep them saves a tenth to a fifth of a training step on a CPU, and two fifths of encoding many images."""
+    """Linux's malloc returns large freed blocks to the system; keeping them saves a tenth of a training step."""
     malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(malloc, "mallopt"):  # glibc
         malloc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
@@ -1427,13 +1327,13 @@ def keep_freed_memory() -> None:
 
 
 def command_line(main: Callable) -> None:
-    """Runs main() for its exit code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
+    """Exits with main()'s code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
     try:
         sys.exit(main())
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        print(f"error: torch.compile: {str(error).splitlines()[0]}; mend that or leave out --compile", file=sys.stderr)
+        print(f"error: torch.compile: {str(error).splitlines()[0]}; or leave out --compile", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)
@@ -1447,16 +1347,16 @@ def command_line(main: Callable) -> None:
 def pick_device(name: str) -> torch.device:
     """--device auto|cpu|cuda|mps -> the device; auto takes the fastest. Raises ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(kind for kind in there if there[kind]) if name == "auto" else name
-    require(there.get(name, False), f"--device {name}: not available here; of cuda, mps and cpu take another")
-    return torch.device(name)
+    there["auto"] = name == "auto"
+    require(there[name], f"--device {name}: not available here; take another or none")
+    return torch.device(next(kind for kind in there if there[kind]) if name == "auto" else name)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, and so about twice to four times faster than float32."""
+    """Whether the device multiplies bfloat16 in hardware, and so two to four times faster than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or HAS_AMX)
 
 
 class Processes(typing.NamedTuple):
@@ -1490,8 +1390,7 @@ class Processes(typing.NamedTuple):
             torch.distributed.barrier()
 
     def first_alone(self, action: Callable) -> typing.Any:
-        """action(), in the first process before the others: what it downloads or writes, they find. If it fails there,
-        all processes end, and only the first one says why."""
+        """action(), in the first process before the others: what it writes, they find. If it fails, all end."""
         failure = None
         try:
             result = action() if self.rank == 0 else None
@@ -1534,8 +1433,7 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, whatever it was; alpha goes onto white. Raises ValueError naming an unreadable image,
-    OSError naming a file that cannot be opened. (An orientation noted by a camera is ignored, as ADM does.)"""
+    """An image file as 8-bit RGB, alpha on white; not turned as a camera asks, as ADM. Raises ValueError or OSError."""
     with open(path, "rb") as file:
         try:
             image = Image.open(file)
@@ -1553,9 +1451,8 @@ def load_rgb(path: str | Path) -> Image.Image:
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
-    """ADM's resize of the short side to size: halve with BOX while it is at least 2 size, then BICUBIC. Of a very long
-    image it takes the middle: a row of 65,000 pixels would become gigabytes."""
-    if max(image.size) > 32 * min(image.size):
+    """ADM's resize of the short side to size: halve with BOX while it is at least 2 size, then BICUBIC."""
+    if max(image.size) > 32 * min(image.size):  # only the middle: a row of 65,000 pixels would become gigabytes
         image = ImageOps.fit(image, [min(side, 32 * min(image.size)) for side in image.size])
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -1581,8 +1478,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """The images below a folder, sorted, as names relative to it with "/" between folders; without hidden ones, and
-    without following links back up. Raises OSError (no such folder, permission denied); ValueError for no images."""
+    """The images below a folder: sorted names relative to it, with "/" between folders. Hidden ones are left out, links
+    back up not followed. Raises OSError, or ValueError if there are none."""
 
     def walk(here: Path, above: tuple[Path, ...]) -> Iterator[Path]:
         for path in here.iterdir():

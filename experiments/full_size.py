@@ -20,7 +20,15 @@ import torch
 
 import dar
 
-RELEASED = {ours: theirs for theirs, ours in dar.RELEASED_NAMES.items()}
+RELEASED = {  # beginning of a name of ours -> in the authors' files
+    "quant_in.": "quant_in_conv.",
+    "quant_out.": "quant_out_conv.",
+    "diffusion.patch_in.": "diff_decoder.net.conv_in.",
+    "diffusion.patch_out.": "diff_decoder.net.conv_out.",
+    "diffusion.repa_head.": "diff_decoder.net.repa_out.",
+    "diffusion.": "diff_decoder.net.",
+    "cls_embedding.": "cls_embedding.embedding_table.",
+}
 
 
 def write_released(path: Path, model: torch.nn.Module) -> None:

@@ -419,7 +419,6 @@ def test_all_that_is_wrong_with_the_keys_stands_in_one_message(tmp_path, tiny_to
         del state[missing]
         state["discriminator.weight"] = torch.zeros(2)
         state[shaped] = torch.zeros(7, 5)
-        state[typed] = state[typed].long()
         data = {"model": state}
         if layout == "ours":
             kind = "tokenizer" if tokenizer else "ar"
@@ -428,7 +427,7 @@ def test_all_that_is_wrong_with_the_keys_stands_in_one_message(tmp_path, tiny_to
         with pytest.raises(ValueError) as error:
             load(tmp_path / "x.pt")
         message = one_line(error)
-        for name in (missing, shaped, typed, "discriminator.weight", "[7, 5]", str(tmp_path / "x.pt")):
+        for name in (missing, shaped, "discriminator.weight", "[7, 5]", str(tmp_path / "x.pt")):
             assert name in message
 
 
@@ -492,10 +491,10 @@ def test_a_layer_number_out_of_all_reason_is_refused_at_once(tmp_path, tiny_ar):
 def test_the_other_models_checkpoint_is_refused(tmp_path, released_dir, bundle, tiny_tokenizer):
     dar.save_checkpoint(tmp_path / "tokenizer.pt", tiny_tokenizer)
     for path in (tmp_path / "tokenizer.pt", released_dir / "tokenizer.pt"):
-        with pytest.raises(ValueError, match="holds a tokenizer"):
+        with pytest.raises(ValueError, match="expected a Llama"):
             dar.load_ar(path)
     for path in (bundle, released_dir / "ar.pt"):
-        with pytest.raises(ValueError, match="holds a Llama"):
+        with pytest.raises(ValueError, match="expected a tokenizer"):
             dar.load_tokenizer(path)
 
 

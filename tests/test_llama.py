@@ -219,7 +219,7 @@ def test_logits_are_float32_whatever_the_weights(make_ar, codes):
     assert make_ar()(codes[:, :0], LABELS).shape == (2, 1, 64)  # nothing but the class
 
 
-@pytest.mark.parametrize("its, named", [((65, 32), "64 codes.* 65"), ((64, 40), "32 tokens.* 40")])
+@pytest.mark.parametrize("its, named", [((65, 32), "64 codes.* 65 and 32"), ((64, 40), "32 tokens.* 64 and 40")])
 def test_a_tokenizer_that_does_not_fit_is_refused_with_both_numbers(make_ar, its, named):
     tokenizer = SimpleNamespace(config=SimpleNamespace(codebook_size=its[0], num_tokens=its[1]))
     model = make_ar()

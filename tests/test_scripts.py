@@ -78,7 +78,7 @@ MISTAKES = {
     "odd micro-batch": ("train_tokenizer.py --data shapes --out o --batch 8 --micro-batch 3", "--micro-batch 3"),
     "long guidance": ("train_ar.py --data data --tokenizer tokenizer/last.pt --out o --cfg 1 2 3", "(1.0, 2.0, 3.0)"),
     "no tokenizer": ("train_ar.py --data data --tokenizer no.pt --out o", "no.pt"),
-    "Llama as tokenizer": ("train_ar.py --data data --tokenizer ar/last.pt --out o", "holds a Llama"),
+    "Llama as tokenizer": ("train_ar.py --data data --tokenizer ar/last.pt --out o", "expected a tokenizer"),
     "tokenizer as Llama": ("sample.py --ckpt tokenizer/last.pt", "tokenizer"),
     "truncated checkpoint": ("sample.py --ckpt half.pt", "half.pt"),
     "no such class": ("sample.py --ckpt ar/last.pt --classes 3", "3"),
