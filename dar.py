@@ -62,6 +62,12 @@ from torch import Tensor, nn
 HEAD_DIM = 64  # every attention of both models has heads of 64
 EPS = 1e-6  # of every LayerNorm
 
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Schedule and flow
 # Flow matching draws a straight line from noise x0 ~ N(0, I) to an image x1, and moves along it:
@@ -102,9 +108,7 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
     step that starts there needs the part that begins. s: float tensor -> int64 tensor; number -> int."""
     if not isinstance(s, Tensor):
         return int(condition_group(torch.tensor(s, dtype=torch.float64, device="cpu"), num_groups, rule))
-    require(
-        rule in ("ceil", "nearest"), f"group rule {rule!r}: expected 'ceil' (paper) or 'nearest' (released weights)"
-    )
+    require(rule in ("ceil", "nearest"), f"group rule {rule!r}: expected 'ceil' or 'nearest'")
     k = floor_of_product(s, num_groups) if rule == "ceil" else (floor_of_product(s, 2 * num_groups) + 1) // 2
     return k.clamp(0, num_groups - 1)
 
@@ -1025,7 +1029,8 @@ def write_atomically(path: str | Path, write: Callable, before: Path | None = No
             os.replace(path, before)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); nothing was replaced") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{path}: cannot be written ({reason}); nothing was replaced") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -1133,26 +1138,21 @@ def released_config(config, state: dict) -> TokenizerConfig:
 
 def assign_weights(model_class, config, state: dict, device, dtype) -> nn.Module:
     """Builds the model without memory, lets torch account for every key and shape, and then copies the tensors."""
-    with torch.device("meta"):
-        model = model_class(config)
     for name, value in state.items():
         floats = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
         whole = floats and not value.is_meta and value.untyped_storage().nbytes() >= value.nbytes
         require(whole, f"{name} is no dense tensor of floats that are in the file")
     try:
+        with torch.device("meta"):
+            model = model_class(config)
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ValueError(f"weights do not fit the model: {' '.join(str(error).split())[:1500]}") from None
     model.load_state_dict({name: value.to(device, dtype, copy=True) for name, value in state.items()}, assign=True)
     for name, value in model.state_dict().items():
-        if not torch.stack(torch.aminmax(value)).isfinite().all():
-            raise FloatingPointError(f"{name} is not finite, as after a failed training or in too small a type")
+        if not torch.stack(torch.aminmax(value.float() if value.itemsize == 1 else value)).isfinite().all():
+            raise FloatingPointError(f"{name} is not finite, as after a failed training")
     return model.eval()
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def is_number(value) -> bool:
@@ -1210,7 +1210,7 @@ def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=
     found = f"temperature {temperature}, top_k {top_k}, top_p {top_p}"
     require(temperature > 0 and top_k >= 0 and 0 < top_p <= 1, f"{found}: expected > 0, >= 0, and in (0, 1]")
     prefix = labels.new_empty(0) if prefix is None else prefix.to(labels.device)
-    prefix = prefix.expand(len(labels), -1) if prefix.ndim == 1 or len(prefix) == 1 and prefix.ndim == 2 else prefix
+    prefix = prefix.expand(len(labels), -1) if prefix.ndim == 1 or prefix.ndim == 2 and len(prefix) == 1 else prefix
     check_numbers("prefix tokens", prefix, 2, c.vocab_size, count)
     require(len(prefix) == len(labels), f"prefix for {len(prefix)} pictures, labels for {len(labels)}")
     return prefix
@@ -1263,7 +1263,7 @@ def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
 def quiet_compile(function: Callable, **options) -> Callable:
     """torch.compile that says less, and allows for many sizes of batch."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # remarks that there is no GPU
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 256
     return torch.compile(function, **options)
 
 
@@ -1275,7 +1275,8 @@ class KeptCaches:
 
     def __call__(self, *size: int) -> list[KVCache]:
         if size != self.size or self.user() is not None:
-            self.size, self.kept = size, [(cache.k, cache.v) for cache in self.new_caches(*size)]
+            with torch.inference_mode(False):  # else they could not be written to outside of it
+                self.size, self.kept = size, [(cache.k, cache.v) for cache in self.new_caches(*size)]
         for buffer in itertools.chain(*self.kept):
             torch._dynamo.mark_static_address(buffer.zero_())
         caches = [KVCache(k, v) for k, v in self.kept]
@@ -1328,6 +1329,7 @@ def keep_freed_memory() -> None:
 
 def command_line(main: Callable) -> None:
     """Exits with main()'s code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # some schedulers close it
     try:
         sys.exit(main())
     except RuntimeError as error:

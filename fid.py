@@ -14,6 +14,7 @@ resized, pooled and rounded moves these numbers, and follows "Diffusion Models B
 
 import argparse
 import contextlib
+import io
 import json
 import pickle
 import sys
@@ -26,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image
 from tqdm import tqdm
 
 import dar
@@ -82,8 +84,7 @@ class Mixed(nn.Module):
 
 def resize_tf1(x: torch.Tensor, size: int = 299) -> torch.Tensor:
     """TensorFlow 1's bilinear resize: float [B, C, H, W] -> [B, C, size, size]. Output i reads from i * in / out, with
-    no half-pixel offset and no antialiasing; beyond the border the last pixel is repeated.
-    """
+    no half-pixel offset and no antialiasing; beyond the border the last pixel is repeated."""
     for dim in (3, 2):
         source = torch.arange(size, device=x.device, dtype=torch.float32) * (x.shape[dim] / size)
         low, weight = source.long(), source.frac()
@@ -209,8 +210,7 @@ def precision_recall(reference_features, sample_features, k: int = 3, block: int
 
     A ball reaches to its centre's k-th neighbour in its own set, itself not counted (Kynkäänniemi et al. 2019). Runs
     where the features are, `block` x `block` distances at a time, in float64, as |a|^2 + |b|^2 - 2ab cancels: float32
-    errors would be as wide as the gaps between neighbours (ADM's float16 moves both shares by up to 0.01).
-    """
+    errors would be as wide as the gaps between neighbours (ADM's float16 moves both shares by up to 0.01)."""
     reference, samples = torch.as_tensor(reference_features), torch.as_tensor(sample_features)
     if not all(x.ndim == 2 and len(x) > k and x.shape[1] == reference.shape[1] for x in (reference, samples)):
         raise ValueError(
@@ -263,14 +263,18 @@ def npz_trouble(path):  # whatever can be wrong with the archive becomes one Val
 
 class ImageSet:
     """A folder of images, or an .npz with arr_0 (uint8 [N, H, W, 3]) and/or the statistics mu, sigma, mu_s, sigma_s;
-    count is 0 with statistics only. Raises ValueError or FileNotFoundError, naming the file.
-    """
+    count is 0 with statistics only. Raises ValueError or FileNotFoundError, naming the file."""
 
     def __init__(self, path: str | Path):
         self.path, self.files, self.statistics, self.count, self.shape = Path(path), [], {}, 0, None
         if self.path.is_dir():
             self.files = [self.path / name for name in dar.list_images(self.path)]
-            self.count, self.shape = len(self.files), self.load(self.files[0]).shape
+            self.count, self.shape = len(self.files), np.asarray(dar.load_rgb(self.files[0])).shape
+            for file in self.files:  # their heads tell: nobody shall wait for the network to find this
+                with Image.open(file) as image:
+                    shape = image.height, image.width, 3
+                if shape != self.shape:
+                    raise ValueError(f"{file} is {shape}, but {self.files[0]} {self.shape}: a set must have one size")
         else:
             with npz_trouble(path):
                 self.open(zipfile.ZipFile(path))
@@ -286,26 +290,23 @@ class ImageSet:
             raise ValueError(f"its statistics are {shapes}, expected {STATISTICS} or the first two")
         if "arr_0" in names:
             self.stream = archive.open("arr_0.npy")  # never read as a whole: it may exceed the memory
-            np.lib.format.read_magic(self.stream)  # always version 1.0: others are for headers above 64 KiB
-            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(self.stream)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or columns_first:
+            short = np.lib.format.read_magic(self.stream) == (1, 0)
+            header = np.lib.format.read_array_header_1_0 if short else np.lib.format.read_array_header_2_0
+            shape, columns_first, dtype = header(self.stream)
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
                 wanted = "expected uint8 (N, H, W, 3); x in [-1, 1] becomes clip(127.5 * x + 128, 0, 255).astype(uint8)"
                 raise ValueError(f"arr_0 is {dtype} {shape}, {wanted}")
+            if columns_first:  # but in this order it has to be
+                self.stream = io.BytesIO(np.load(self.path)["arr_0"].tobytes())  # tobytes() writes row by row
             self.count, self.shape, self.first = shape[0], shape[1:], self.stream.tell()
         elif not self.statistics:
-            raise ValueError(f"neither arr_0 (images) nor mu and sigma are in it, only {', '.join(names) or 'nothing'}")
-
-    def load(self, file):
-        pixels = np.asarray(dar.load_rgb(file))
-        if self.shape is not None and pixels.shape != self.shape:
-            raise ValueError(f"{file} is {pixels.shape}, but {self.files[0]} is {self.shape}: a set must have one size")
-        return pixels
+            raise ValueError(f"neither arr_0 (images) nor mu and sigma are in it: {', '.join(names[:9]) or 'nothing'}")
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Images start to stop - 1 in file order, uint8 [B, 3, H, W]. Fast in this order: an .npz is a stream."""
         if self.files:
             with ThreadPoolExecutor() as threads:  # PIL decodes outside of the interpreter's lock
-                pixels = np.stack(list(threads.map(self.load, self.files[start:stop])))
+                pixels = np.stack(list(map(np.asarray, threads.map(dar.load_rgb, self.files[start:stop]))))
         else:
             with npz_trouble(self.path):
                 self.stream.seek(self.first + start * np.prod(self.shape))
@@ -318,8 +319,7 @@ class ImageSet:
 def look_at(images: ImageSet, model: InceptionV3, batch_size: int, device: torch.device, rank: int = 0, world: int = 1):
     """Adds to a set its pool (pool_3, [N, 2048]), its probs ([N, 1008]) and the statistics that its file lacks.
 
-    Each of `world` processes takes a range of the batches, so the numbers are those of one; rank 0 gets them.
-    """
+    Each of `world` processes takes a range of the batches, so the numbers are those of one; rank 0 gets them."""
     start, stop = (-(-images.count // batch_size) * r // world * batch_size for r in (rank, rank + 1))
     exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
     pools, probs, sums = [torch.empty(0, 2048, device=device)], [torch.empty(0, 1008, device=device)], [None, None]

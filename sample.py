@@ -11,6 +11,7 @@ The authors' released weights:   python sample.py --ckpt D-AR-XL-360K.pt --token
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,12 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import dar
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "cifar10.pt"
+LONGEST = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}  # side that a format allows, in pixels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,19 +77,20 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> None:
     """Brings the arguments into their final form; ValueError naming what can be seen to be wrong before loading."""
     try:
-        args.cfg = None if args.cfg == ["none"] else [float(word) for word in 2 * args.cfg][: max(2, len(args.cfg))]
+        numbers = [None] if args.cfg == ["none"] else [float(word) for word in args.cfg]
+        args.cfg = numbers[0] if len(numbers) == 1 else numbers
         dar.guidance_schedule(args.cfg, 1)
     except ValueError:
-        raise ValueError(f"--cfg {' '.join(map(str, args.cfg))}: expected a number, start and end, or 'none'") from None
-    for name in ("num", "batch", "threads", "steps"):
+        raise ValueError(f"--cfg {args.cfg}: expected a number, start and end, or none") from None
+    for name in ("num", "batch", "threads", "steps", "tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     dar.resolve_seeds([args.seed, args.seed + (args.num or 16) - 1], 2)
     args.trajectory = args.out if args.trajectory == Path() else args.trajectory
     args.gif = args.out.with_suffix(".gif") if args.gif == Path() else args.gif
-    drawn = args.prefix_class is not None, args.prefix_seed is not None
+    drawn = [args.prefix_class is not None, args.prefix_seed is not None]
     args.layout = bool(args.prefix_image or any(drawn) or args.prefix_tokens)
-    if args.layout and bool(args.prefix_image) + sum(drawn) / 2 != 1:
+    if args.layout and [bool(args.prefix_image), *drawn] not in ([True, False, False], [False, True, True]):
         raise ValueError("which picture's layout? give --prefix-image, or --prefix-class and --prefix-seed")
     a_set, pictures = args.npz or args.folder, args.layout or args.trajectory or args.gif
     if args.npz and args.folder or a_set and pictures:
@@ -97,8 +100,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--reconstruct DIR, --npz FILE and --reference-npz FILE go together")
     wanted = {".npz"} if a_set else dar.IMAGE_SUFFIXES
     for file in filter(None, [args.npz, args.reference_npz] if a_set else [args.out, args.trajectory, args.gif]):
-        if file.suffix.lower() not in wanted or not file.resolve().parent.is_dir():
-            raise ValueError(f"{file}: expected a name ending in {' '.join(sorted(wanted))}, in a folder that exists")
+        folder = file.resolve().parent
+        if file.suffix.lower() not in wanted or file.is_dir() or not folder.is_dir():
+            raise ValueError(
+                f"{file}: expected a file's name ending in {' '.join(sorted(wanted))}, in a folder that exists"
+            )
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{file}: its folder cannot be written to")
+    if args.folder and (args.folder.suffix.lower() == ".npz" or args.folder.resolve() == Path.cwd()):
+        raise ValueError(f"--folder {args.folder}: expected a new folder's name; for an archive there is --npz")
 
 
 def class_names(ar: dar.ARTransformer) -> list[str]:
@@ -136,6 +146,15 @@ def stream(ar, args, labels: list[int], seeds: list[int], prefix=None, tokens=No
 # Pictures
 
 
+def check_grid(files: list[Path | None], ar, columns: int, rows: int) -> None:
+    """Raises ValueError if a labelled_grid is too large for a file's format: now, not after everything was drawn."""
+    size = ar.tokenizer.config.image_size * max(1, 96 // ar.tokenizer.config.image_size)
+    longest = max(columns * (size + 4), rows * (size + 18))
+    for file in filter(None, files):
+        if longest > LONGEST.get(file.suffix.lower(), math.inf):
+            raise ValueError(f"{file}: {longest} pixels are more than this format allows; .png allows them")
+
+
 def labelled_grid(images: torch.Tensor, labels: list[str], columns: int) -> Image.Image:
     """Float images [n, 3, H, W] in [-1, 1] -> a grid with a name under each; small images are shown larger."""
     zoom = max(1, 96 // images.shape[-1])
@@ -160,7 +179,8 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
         if not 0 <= min(kept) <= max(kept) <= total:
             raise ValueError(f"--prefix-tokens {' '.join(map(str, kept))}: expected numbers from 0 to {total}")
         if args.prefix_image:
-            source = dar.center_crops([dar.load_rgb(args.prefix_image)], ar.tokenizer.config.image_size)
+            upright = ImageOps.exif_transpose(dar.load_rgb(args.prefix_image))  # as the camera was held
+            source = dar.center_crops([upright], ar.tokenizer.config.image_size)
             codes = ar.tokenizer.encode(source.to(ar.tok_embeddings.weight.device))[0]
         else:
             label = parse_classes([args.prefix_class], names, "--prefix-class")
@@ -169,6 +189,12 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
     labels = [classes[i % len(classes)] for i in range(num)]
     frames, captions = [], []  # frames: [K + 1, n, 3, H, W], the previews and the result; or [1, n, ...], the result
     length = (args.tokens or total) // group + 1 if args.trajectory or args.gif else 1
+    columns = num + 1
+    if not args.layout:
+        columns = len(classes) if len(classes) <= 10 and num % len(classes) == 0 else min(num, 8)
+    count = num * len(kept) + len(kept) * args.layout
+    check_grid([args.out, args.gif], ar, columns, -(-count // columns))
+    check_grid([args.trajectory], ar, length, count)
     try:
         with tqdm(total=num * len(kept) * (args.tokens or total), unit="token", dynamic_ncols=True) as bar:
             for n, start in itertools.product(kept, range(0, num, args.batch)):
@@ -186,13 +212,12 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
         stopped = caught
     if not frames:
         raise stopped
-    frames, columns = torch.cat(frames, 1), num + 1
-    if not args.layout:
-        columns = len(classes) if len(classes) <= 10 and num % len(classes) == 0 else min(num, 8)
+    frames = torch.cat(frames, 1)
     grids = [labelled_grid(frame, captions, columns) for frame in frames]
     outputs = {args.out: (grids[-1], {})}
     if args.trajectory:
-        under = [word for name in captions for word in [*(f"{group * k} tokens" for k in range(1, length)), name]]
+        steps = [f"{group * k} tokens" for k in range(1, length)]
+        under = [word for name in captions for word in (*steps, name)]
         outputs[args.trajectory] = labelled_grid(frames.transpose(0, 1).flatten(0, 1), under, length), {}
     if args.gif:
         times = dict(duration=[400] * (length - 1) + [2000], loop=0)  # milliseconds
@@ -232,7 +257,7 @@ def begin_set(files: list[Path], part: Path, shape: tuple[int, ...], args) -> No
     for file in files:
         if file.is_file() or file.is_dir() and any(file.iterdir()):
             raise ValueError(f"{file}: exists already; remove it or choose another name")
-    archives = [file for file in files if file.suffix == ".npz"]
+    archives = [file for file in files if file.suffix.lower() == ".npz"]
     needed = int(np.prod(shape)) * (2 * len(archives) or 1)  # in the .npy and once more in the .npz
     if (free := shutil.disk_usage(part.resolve().parent).free) < needed:
         raise ValueError(f"{files[0]}: the set needs {needed / 1e9:.2f} GB of disk, only {free / 1e9:.2f} are free")
@@ -254,7 +279,7 @@ def fill_set(files, shape, args, draw, processes, labels=None, summary=lambda ar
     (_, rank, world), num, batch = processes, shape[0], args.batch
     part, batches = files[0].with_name(files[0].name + ".part"), -(-num // batch)
     processes.first_alone(lambda: begin_set(files, part, shape, args))
-    arrays = [np.load(part / f"{i}.npy", "r+") for i, file in enumerate(files) if file.suffix == ".npz"]
+    arrays = [np.load(part / f"{i}.npy", "r+") for i, file in enumerate(files) if file.suffix.lower() == ".npz"]
     done = (part / "done").read_bytes()
     head, before = len(done) - batches, min(done.count(1) * batch, num)
 
@@ -277,7 +302,8 @@ def fill_set(files, shape, args, draw, processes, labels=None, summary=lambda ar
                 with open(part / "done", "r+b") as opened:
                     opened.seek(head + b)
                     opened.write(b"\1")
-                rank == 0 and all_done()
+                if rank == 0:
+                    all_done()
             while rank == 0 and not all_done():  # the other processes are still at it
                 time.sleep(0.1)
     except KeyboardInterrupt:

@@ -1,12 +1,12 @@
 """Chapter 9: the authors' released layout and our own format, and every way in which a file can be wrong."""
 
 import argparse
-import builtins
 import dataclasses
 import io
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -14,7 +14,7 @@ import time
 import types
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ import torch
 import dar
 
 ROOT = Path(dar.__file__).resolve().parent
+
 
 # Files to load
 
@@ -95,6 +96,14 @@ def one_line(error) -> str:
     message = str(error.value)
     assert message.strip() and len(message.splitlines()) == 1
     return message
+
+
+def refusal(load, path: Path, kind=ValueError) -> str:
+    """The one line, naming the file, with which load(path) fails."""
+    with pytest.raises(kind) as error:
+        load(path)
+    assert str(path) in one_line(error)
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -177,42 +186,24 @@ def test_n_comes_from_the_tokenizer_else_the_caller_else_256(released_dir):
 # Every variant of the authors' layout
 
 
-def test_a_full_training_file_gives_its_ema_weights(tmp_path, tiny_tokenizer):
-    state = released_state(tiny_tokenizer) | {"quantize.codebook_used": torch.zeros(65536)}
-    data = {
-        "model": plus_one(state),
-        "ema": state,
-        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 2e-4}]},
-        "discriminator": {"weight": torch.zeros(3)},
-        "optimizer_disc": {},
-        "steps": 210000,
-        "args": argparse.Namespace(lr=2e-4, config="tokenizer_v1.yaml"),
-    }
-    path = save_released(tmp_path / "x.pt", data, {"model": released_config()})
-    tokenizer = dar.load_tokenizer(path)
-    assert_same_weights(tokenizer, tiny_tokenizer.state_dict())
-    assert tokenizer.config == tiny_tokenizer.config
-
-
-def test_without_ema_weights_the_plain_ones_load(tmp_path, tiny_tokenizer, tiny_ar):
-    path = save_released(tmp_path / "t.pt", {"model": released_state(tiny_tokenizer)}, {"model": released_config()})
-    assert_same_weights(dar.load_tokenizer(path), tiny_tokenizer.state_dict())
-    torch.save({"model": released_state(tiny_ar), "ema": None}, tmp_path / "a.pt")
-    assert_same_weights(dar.load_ar(tmp_path / "a.pt"), tiny_ar.state_dict())
-
-
-def test_with_ema_weights_alone_these_load(tmp_path, tiny_ar):
-    torch.save({"ema": released_state(tiny_ar)}, tmp_path / "x.pt")
-    assert_same_weights(dar.load_ar(tmp_path / "x.pt"), tiny_ar.state_dict())
-
-
-def test_an_ar_file_prefers_ema_weights_and_ignores_what_args_say(tmp_path, tiny_ar):
-    state = released_state(tiny_ar)
-    args = argparse.Namespace(gpt_model="GPT-XXL", num_classes=1000, vocab_size=16384)
-    torch.save({"model": plus_one(state), "ema": state, "steps": 1, "args": args}, tmp_path / "x.pt")
-    ar = dar.load_ar(tmp_path / "x.pt", num_tokens=8)
-    assert_same_weights(ar, tiny_ar.state_dict())
-    assert ar.config == tiny_ar.config
+@pytest.mark.parametrize("kept", ["model and ema", "model", "model, no ema", "ema", "a whole training"])
+def test_averaged_weights_win_whatever_else_a_released_file_holds(tmp_path, tiny_tokenizer, tiny_ar, kept):
+    for load, model in ((dar.load_tokenizer, tiny_tokenizer), (dar.load_ar, tiny_ar)):
+        state, whole = released_state(model), kept == "a whole training"
+        if model is tiny_tokenizer:
+            state["quantize.codebook_used"] = torch.zeros(65536)
+        data = {"model": plus_one(state) if whole or kept == "model and ema" else state, "ema": state}
+        data = {"ema": state} if kept == "ema" else {"model": state} if kept == "model" else data
+        data |= {"ema": None} if kept == "model, no ema" else {}
+        if whole:
+            optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 2e-4}]}
+            args = argparse.Namespace(gpt_model="GPT-XXL", num_classes=1000, vocab_size=16384)  # says nothing true
+            data |= {"optimizer": optimizer, "discriminator": {"weight": torch.zeros(3)}, "steps": 1, "args": args}
+        config = {"model": released_config()} if model is tiny_tokenizer else None
+        more = {} if model is tiny_tokenizer else {"num_tokens": 8}
+        loaded = load(save_released(tmp_path / "x.pt", data, config), **more)
+        assert_same_weights(loaded, model.state_dict())
+        assert loaded.config == model.config
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
@@ -237,8 +228,9 @@ def test_a_bare_state_dict_is_v1_but_for_widths_and_depths(tmp_path, tiny_tokeni
 
 
 @pytest.mark.parametrize("form", ["object", "dict", "dict without model"])
-def test_the_config_is_read_in_each_form(tmp_path, tiny_tokenizer, form):
-    data, config = {"model": released_state(tiny_tokenizer)}, released_config(num_denoising_steps=3, data_std=1.0)
+def test_the_config_is_read_in_each_form_and_what_it_says_besides_ignored(tmp_path, tiny_tokenizer, form):
+    data = {"model": released_state(tiny_tokenizer)}
+    config = released_config(num_denoising_steps=3, data_std=1.0, mlp_head=False, dropout=0.3, name="x", nested={})
     if form == "object":
         save_released(tmp_path / "x.pt", data, {"model": config, "optimizer": {"lr": 1}})
     else:
@@ -255,44 +247,27 @@ def test_without_a_step_count_the_config_means_one_step_a_group(tmp_path, tiny_t
     assert len(tokenizer.previews(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 3, 32, 32))) == 2
 
 
-def test_unknown_config_keys_are_ignored(tmp_path, tiny_tokenizer):
-    config = {"model": released_config(mlp_head=False, share_time_encoding=False, dropout=0.3, name="x", nested={})}
-    path = save_released(tmp_path / "x.pt", {"model": released_state(tiny_tokenizer)}, config)
-    assert dar.load_tokenizer(path).config == tiny_tokenizer.config
-
-
-@pytest.mark.parametrize("name, value", [("vq_enable", False), ("mlp_head", True), ("share_time_encoding", True)])
-def test_a_config_of_another_architecture_is_refused(tmp_path, tiny_tokenizer, name, value):
-    config = {"model": released_config(**{name: value})}
-    path = save_released(tmp_path / "x.pt", {"model": released_state(tiny_tokenizer)}, config)
-    with pytest.raises(ValueError, match=f"{name}.*{value}"):
-        dar.load_tokenizer(path)
-
-
 @pytest.mark.parametrize(
-    "changes, named",
+    "config, named",
     [
-        ({"num_all_queries": 9}, "9"),  # not divisible by K = 4
-        ({"num_all_queries": 260}, "260"),  # the tables have 256 rows
-        ({"num_query_groups": "four"}, "four"),
-        ({"time_shift": -1}, "-1"),
-        ({"data_std": None}, "None"),
+        ({"model": released_config(vq_enable=False)}, "vq_enable.*False"),
+        ({"model": released_config(mlp_head=True)}, "mlp_head.*True"),
+        ({"model": released_config(share_time_encoding=True)}, "share_time_encoding.*True"),
+        ({"model": released_config(num_all_queries=9)}, "9"),  # not divisible by K = 4
+        ({"model": released_config(num_all_queries=260)}, "260"),  # the tables have 256 rows
+        ({"model": released_config(num_query_groups="four")}, "four"),
+        ({"model": released_config(time_shift=-1)}, "-1"),
+        ({"model": released_config(data_std=None)}, "None"),
+        (3, "config"),
+        ([1], "config"),
+        ({"model": [1]}, "config"),
+        ({"model": {"diff_decoder": 2}}, "config"),
     ],
+    ids=str,
 )
-def test_config_values_that_cannot_be_are_refused(tmp_path, tiny_tokenizer, changes, named):
-    data = {"model": released_state(tiny_tokenizer)}
-    path = save_released(tmp_path / "x.pt", data, {"model": released_config(**changes)})
-    with pytest.raises(ValueError, match=named) as error:
-        dar.load_tokenizer(path)
-    assert str(path) in one_line(error)
-
-
-@pytest.mark.parametrize("config", [3, [1], {"model": [1]}, {"model": {"diff_decoder": 2}}])
-def test_a_config_that_is_no_dict_is_refused(tmp_path, tiny_tokenizer, config):
+def test_a_config_of_something_else_is_refused(tmp_path, tiny_tokenizer, config, named):
     path = save_released(tmp_path / "x.pt", {"model": released_state(tiny_tokenizer)}, config)
-    with pytest.raises(ValueError, match="config") as error:
-        dar.load_tokenizer(path)
-    one_line(error)
+    assert re.search(named, refusal(dar.load_tokenizer, path))
 
 
 def test_the_repa_head_loads_where_there_is_one(tmp_path, make_tokenizer):
@@ -327,24 +302,25 @@ def test_our_format_keeps_a_tokenizer_to_the_last_bit(tmp_path, make_tokenizer):
     assert_same_weights(loaded, tokenizer.state_dict())
 
 
-def test_our_format_keeps_a_llama_its_tokenizer_and_class_names(bundle, tiny_ar, tiny_tokenizer):
+def test_our_format_keeps_a_llama_its_tokenizer_and_class_names(tmp_path, bundle, tiny_ar, tiny_tokenizer):
     ar = dar.load_ar(bundle)
     assert ar.config == tiny_ar.config and not ar.training
     assert_same_weights(ar, tiny_ar.state_dict())
     assert ar.class_names == ["cat", "dog", "house"]
     assert ar.tokenizer.config == tiny_tokenizer.config and not ar.tokenizer.training
     assert_same_weights(ar.tokenizer, tiny_tokenizer.state_dict())
-
-
-def test_a_llama_without_tokenizer_and_names_has_none(tmp_path, tiny_ar, tiny_tokenizer):
+    with open(bundle, "r+b") as file:  # in place: what is still mapped would change
+        file.write(bytes(bundle.stat().st_size))
+    assert_same_weights(ar, tiny_ar.state_dict())
     dar.save_checkpoint(tmp_path / "x.pt", tiny_ar)
-    ar = dar.load_ar(tmp_path / "x.pt")
-    assert ar.tokenizer is None and ar.class_names is None
-    assert dar.load_ar(tmp_path / "x.pt", tokenizer=tiny_tokenizer).tokenizer is tiny_tokenizer
+    alone = dar.load_ar(tmp_path / "x.pt")
+    assert alone.tokenizer is None and alone.class_names is None
 
 
-def test_a_given_tokenizer_wins_over_the_files(bundle, tiny_tokenizer):
-    assert dar.load_ar(bundle, tokenizer=tiny_tokenizer).tokenizer is tiny_tokenizer
+def test_a_given_tokenizer_wins_over_the_files(tmp_path, bundle, tiny_ar, tiny_tokenizer):
+    dar.save_checkpoint(tmp_path / "x.pt", tiny_ar)
+    for path in (bundle, tmp_path / "x.pt"):
+        assert dar.load_ar(path, tokenizer=tiny_tokenizer).tokenizer is tiny_tokenizer
 
 
 def test_averaged_weights_win(tmp_path, tiny_ar, make_ar):
@@ -369,189 +345,142 @@ def test_dtype_is_chosen_on_saving_and_on_loading(tmp_path, tiny_ar, bundle):
     assert {p.dtype for p in (*ar.parameters(), *ar.tokenizer.parameters())} == {torch.bfloat16}
 
 
-def test_a_loaded_model_does_not_depend_on_its_file(bundle, tiny_ar):
-    ar = dar.load_ar(bundle)
-    with open(bundle, "r+b") as file:  # in place: what is still mapped would change
-        file.write(bytes(bundle.stat().st_size))
-    assert_same_weights(ar, tiny_ar.state_dict())
-
-
-def test_a_format_of_the_future_is_refused(tmp_path, bundle):
-    torch.save(dar.read_checkpoint(bundle) | {"format": "dar-99"}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="dar-99"):
-        dar.load_ar(tmp_path / "x.pt")
+SIZES = {"width": 64, "layers": 2, "vocab_size": 16, "num_classes": 3, "num_tokens": 8}
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    "field, value, named",
     [
-        ("config", None),
-        ("config", {"width": 64, "layers": 2, "vocab_size": 16, "num_classes": 3, "num_tokens": 8, "heads": 1}),
-        ("config", {"width": 65, "layers": 2, "vocab_size": 16, "num_classes": 3, "num_tokens": 8}),
-        ("config", {"width": 64, "layers": 3, "vocab_size": 16, "num_classes": 3, "num_tokens": 8}),
-        ("class_names", ["cat", "dog"]),
-        ("class_names", "cat"),
-        ("class_names", [1, 2, 3]),
-        ("tokenizer", 3),
-        ("tokenizer", {}),
+        ("format", "dar-99", "dar-99"),
+        ("config", None, "config"),
+        ("config", SIZES | {"heads": 1}, "heads"),
+        ("config", SIZES | {"width": 65}, "65"),
+        ("config", SIZES | {"width": 2**30}, ""),  # more than torch can count
+        ("config", SIZES | {"layers": 3}, "layers.2"),
+        ("class_names", ["cat", "dog"], "class_names"),
+        ("class_names", "cat", "class_names"),
+        ("class_names", [1, 2, 3], "class_names"),
+        ("tokenizer", 3, "tokenizer"),
+        ("tokenizer", {}, "tokenizer"),
     ],
+    ids=str,
 )
-def test_nonsense_in_our_format_is_refused_by_name(tmp_path, bundle, field, value):
+def test_nonsense_in_our_format_is_refused_by_name(tmp_path, bundle, field, value, named):
     torch.save(dar.read_checkpoint(bundle) | {field: value}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=f"{field}|heads|65|layers.2") as error:
-        dar.load_ar(tmp_path / "x.pt")
-    assert str(tmp_path / "x.pt") in one_line(error)
+    assert named in refusal(dar.load_ar, tmp_path / "x.pt")
 
 
 # Every tensor is accounted for
 
 
 @pytest.mark.parametrize("layout", ["ours", "released"])
-def test_all_that_is_wrong_with_the_keys_stands_in_one_message(tmp_path, tiny_tokenizer, tiny_ar, layout):
-    for load, model in ((dar.load_tokenizer, tiny_tokenizer), (dar.load_ar, tiny_ar)):
-        tokenizer = model is tiny_tokenizer
-        missing, shaped, typed = (
-            ("patchify.bias", "decoder_layers.0.gate1", "encoder_layers.0.norm1.weight")
-            if tokenizer
-            else ("norm.weight", "layers.1.attention.wo.weight", "layers.0.ffn_norm.weight")
-        )
-        state = released_state(model) if layout == "released" else dict(model.state_dict())
-        del state[missing]
-        state["discriminator.weight"] = torch.zeros(2)
-        state[shaped] = torch.zeros(7, 5)
-        data = {"model": state}
-        if layout == "ours":
-            kind = "tokenizer" if tokenizer else "ar"
-            data |= {"format": "dar-1", "kind": kind, "config": dataclasses.asdict(model.config)}
-        torch.save(data, tmp_path / "x.pt")
-        with pytest.raises(ValueError) as error:
-            load(tmp_path / "x.pt")
-        message = one_line(error)
-        for name in (missing, shaped, "discriminator.weight", "[7, 5]", str(tmp_path / "x.pt")):
-            assert name in message
+@pytest.mark.parametrize("kind", ["tokenizer", "ar"])
+def test_all_that_is_wrong_with_the_keys_stands_in_one_message(tmp_path, tiny_tokenizer, tiny_ar, layout, kind):
+    load, model, missing, shaped = {
+        "tokenizer": (dar.load_tokenizer, tiny_tokenizer, "patchify.bias", "decoder_layers.0.gate1"),
+        "ar": (dar.load_ar, tiny_ar, "norm.weight", "layers.1.attention.wo.weight"),
+    }[kind]
+    state = released_state(model) if layout == "released" else dict(model.state_dict())
+    del state[missing]
+    data = {"model": state | {"discriminator.weight": torch.zeros(2), shaped: torch.zeros(7, 5)}}
+    if layout == "ours":
+        data |= {"format": "dar-1", "kind": kind, "config": dataclasses.asdict(model.config)}
+    torch.save(data, tmp_path / "x.pt")
+    message = refusal(load, tmp_path / "x.pt")
+    assert all(name in message for name in (missing, shaped, "discriminator.weight", "[7, 5]"))
 
 
 @pytest.mark.parametrize(
-    "value",
+    "key, value",
     [
-        torch.zeros(16, 64, dtype=torch.int64),
-        torch.zeros(16, 64, dtype=torch.bool),
-        torch.zeros(16, 64, dtype=torch.complex64),
-        torch.eye(16, 64).to_sparse(),
-        torch.empty(16, 64, device="meta"),
-        [[0.0] * 64] * 16,
-        "weights",
-        None,
+        ("output.weight", torch.zeros(16, 64, dtype=torch.int64)),
+        ("output.weight", torch.zeros(16, 64, dtype=torch.bool)),
+        ("output.weight", torch.zeros(16, 64, dtype=torch.complex64)),
+        ("output.weight", torch.eye(16, 64).to_sparse()),
+        ("output.weight", torch.empty(16, 64, device="meta")),
+        ("output.weight", torch.zeros(1).expand(2**40, 64)),  # one number, seen 2**46 times
+        ("output.weight", [[0.0] * 64] * 16),
+        ("output.weight", "weights"),
+        ("output.weight", None),
+        ("module.norm.weight", torch.zeros(64)),  # two keys of one name
+        ("layers.9999.attention.wo.weight", torch.zeros(64, 64)),
+        (3, torch.zeros(2)),
+        (None, torch.zeros(2)),
+        (("norm", "weight"), torch.zeros(2)),
+        ("two\nlines", torch.zeros(2)),
     ],
-    ids=["int64", "bool", "complex", "sparse", "meta", "list", "str", "None"],
+    ids=lambda value: getattr(value, "dtype", value).__str__()[:20],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's own, of TypedStorage, when it saves a meta tensor
-def test_what_is_no_dense_tensor_of_floats_is_refused(tmp_path, tiny_ar, value):
-    torch.save(released_state(tiny_ar) | {"output.weight": value}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="output.weight") as error:
-        dar.load_ar(tmp_path / "x.pt")
-    one_line(error)
-
-
-def test_a_tensor_that_claims_more_than_the_file_holds_is_refused(tmp_path, tiny_ar):
-    huge = torch.zeros(1).expand(2**40, 64)  # one number, seen 2**46 times
-    state = released_state(tiny_ar) | {"output.weight": huge, "tok_embeddings.weight": huge}
-    torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(ValueError) as error:
-        dar.load_ar(tmp_path / "x.pt")
-    one_line(error)
-
-
-@pytest.mark.parametrize("key", [3, None, ("norm", "weight"), "two\nlines"], ids=str)
-def test_no_key_is_skipped_whatever_it_is(tmp_path, tiny_ar, key):
-    torch.save({"model": released_state(tiny_ar) | {key: torch.zeros(2)}}, tmp_path / "x.pt")
-    with pytest.raises(ValueError) as error:
-        dar.load_ar(tmp_path / "x.pt")
-    one_line(error)
-
-
-def test_two_keys_of_one_name_are_refused(tmp_path, tiny_ar):
-    state = released_state(tiny_ar)
-    torch.save({"model": state | {"module.norm.weight": torch.zeros(64)}}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="norm.weight"):
-        dar.load_ar(tmp_path / "x.pt")
-
-
-def test_a_layer_number_out_of_all_reason_is_refused_at_once(tmp_path, tiny_ar):
-    torch.save(released_state(tiny_ar) | {"layers.9999.attention.wo.weight": torch.zeros(64, 64)}, tmp_path / "x.pt")
+def test_no_tensor_that_does_not_belong_is_skipped_or_made_to_fit(tmp_path, tiny_ar, key, value):
+    torch.save(released_state(tiny_ar) | {key: value}, tmp_path / "x.pt")
     start = time.process_time()
-    with pytest.raises(ValueError, match="layers.9999"):
-        dar.load_ar(tmp_path / "x.pt")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        message = refusal(dar.load_ar, tmp_path / "x.pt")
+    assert not isinstance(key, str) or key.removeprefix("module.").split("\n")[0] in message
+    assert not warned  # would stand on the terminal beside the one line
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_naming_file_and_weight(tmp_path, bundle, value):
+    data = dar.read_checkpoint(bundle)
+    for part in (data["model"]["norm.weight"], data["tokenizer"]["model"]["patchify.bias"]):
+        weight = part.clone()
+        part[-1] = value
+        torch.save(data, tmp_path / "x.pt")
+        part.copy_(weight)
+        with pytest.raises(FloatingPointError, match="x.pt.*(norm.weight|patchify.bias) is not finite") as error:
+            dar.load_ar(tmp_path / "x.pt")
+        one_line(error)
 
 
 # Files that do not belong
 
 
-def test_the_other_models_checkpoint_is_refused(tmp_path, released_dir, bundle, tiny_tokenizer):
-    dar.save_checkpoint(tmp_path / "tokenizer.pt", tiny_tokenizer)
+def test_a_checkpoint_or_tokenizer_of_another_model_is_refused(tmp_path, released_dir, bundle, make_tokenizer):
+    dar.save_checkpoint(tmp_path / "tokenizer.pt", make_tokenizer())
     for path in (tmp_path / "tokenizer.pt", released_dir / "tokenizer.pt"):
-        with pytest.raises(ValueError, match="expected a Llama"):
-            dar.load_ar(path)
+        assert "expected a Llama" in refusal(dar.load_ar, path)
     for path in (bundle, released_dir / "ar.pt"):
-        with pytest.raises(ValueError, match="expected a tokenizer"):
-            dar.load_tokenizer(path)
-
-
-@pytest.mark.parametrize("fields, named", [({"codebook_size": 32}, "16 .*32"), ({"num_tokens": 4}, "8 .*4")])
-def test_a_tokenizer_of_another_model_is_refused_with_both_numbers(bundle, make_tokenizer, fields, named):
-    tokenizer = make_tokenizer(**{"num_tokens": 8, "num_groups": 4, "codebook_size": 16} | fields)
-    with pytest.raises(ValueError, match=named) as error:
-        dar.load_ar(bundle, tokenizer=tokenizer)
-    one_line(error)
-
-
-def test_a_released_model_with_another_vocabulary_is_refused(released_dir, small_tokenizer):
-    with pytest.raises(ValueError, match="256 .*64"):
-        dar.load_ar(released_dir / "ar.pt", tokenizer=small_tokenizer)
+        assert "expected a tokenizer" in refusal(dar.load_tokenizer, path)
+    fits = dict(num_tokens=8, num_groups=4, codebook_size=16)
+    for path, fields, named in (
+        (bundle, fits | {"codebook_size": 32}, "16 .*32"),
+        (bundle, fits | {"num_tokens": 4}, "8 .*4"),
+        (released_dir / "ar.pt", fits, "256 .*16"),
+    ):
+        tokenizer = make_tokenizer(**fields)
+        assert re.search(named, refusal(partial(dar.load_ar, tokenizer=tokenizer), path))
 
 
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"model": 3}, {"x": torch.zeros(2)}, [1], torch.zeros(3), None])
 def test_a_file_of_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     for load in (dar.load_ar, dar.load_tokenizer):
-        with pytest.raises(ValueError) as error:
-            load(tmp_path / "x.pt")
-        assert str(tmp_path / "x.pt") in one_line(error)
-
-
-def test_no_file_no_folder_no_text(tmp_path):
-    (tmp_path / "page.pt").write_text("<!DOCTYPE html>\n<html><body>404: Not Found</body></html>\n")
-    (tmp_path / "empty.pt").touch()
-    (tmp_path / "folder.pt").mkdir()
-    for load in (dar.load_ar, dar.load_tokenizer):
-        with pytest.raises(FileNotFoundError, match="nothing.pt") as error:
-            load(tmp_path / "nothing.pt")
-        one_line(error)
-        for name in ("page.pt", "empty.pt", "folder.pt"):
-            with pytest.raises((ValueError, IsADirectoryError, PermissionError), match=name) as error:
-                load(tmp_path / name)
-            one_line(error)
-
-
-def test_a_file_of_an_old_torch_is_refused_with_a_hint(tmp_path, tiny_ar):
-    torch.save(released_state(tiny_ar), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"zip.*torch\.save") as error:
-        dar.load_ar(tmp_path / "x.pt")
-    one_line(error)
+        refusal(load, tmp_path / "x.pt")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch.jit, when saving
-def test_refusals_warn_of_nothing(tmp_path, tiny_ar):
-    """A warning would stand on the terminal beside the one line that says what is wrong."""
+def test_what_is_no_checkpoint_file_is_refused_without_a_warning(tmp_path, tiny_ar):
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html>\n<html><body>404: Not Found</body></html>\n")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "folder.pt").mkdir()
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
-    torch.save(released_state(tiny_ar) | {"output.weight": torch.eye(16, 64).to_sparse()}, tmp_path / "sparse.pt")
-    for name in ("script.pt", "sparse.pt"):
-        with warnings.catch_warnings(record=True) as warned, pytest.raises(ValueError) as error:
-            warnings.simplefilter("always")
-            dar.load_ar(tmp_path / name)
-        assert name in one_line(error)
-        assert not warned
+    weapon = Weapon(open, str(tmp_path / "ran"), "w")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(weapon))
+    torch.save(weapon, tmp_path / "weapon.pt", _use_new_zipfile_serialization=False)
+    torch.save(released_state(tiny_ar), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for load in (dar.load_ar, dar.load_tokenizer):
+            for name in ("page.pt", "empty.pt", "script.pt", "pickle.pt", "weapon.pt", "old.pt"):
+                message = refusal(load, tmp_path / name)
+            assert re.search(r"zip.*torch\.save", message)  # what to do with a file of an old torch
+            refusal(load, tmp_path / "nothing.pt", FileNotFoundError)
+            refusal(load, tmp_path / "folder.pt", (IsADirectoryError, PermissionError))
+    assert not warned and not (tmp_path / "ran").exists()
 
 
 # Files are data: nothing in them runs
@@ -570,80 +499,45 @@ class Weapon:
 def weapons(marker: Path) -> list[Weapon]:
     """Calls that would make the file `marker`."""
     code = f"open({str(marker)!r}, 'w').close()"
-    return [
-        Weapon(open, str(marker), "w"),
-        Weapon(os.system, f"touch '{marker}'"),
-        Weapon(os.mkdir, str(marker)),
-        Weapon(builtins.exec, code),
-        Weapon(builtins.eval, code),
-        Weapon(subprocess.check_call, ["touch", str(marker)]),
-    ]
+    calls = [(open, str(marker), "w"), (os.mkdir, str(marker)), (exec, code), (eval, code)]
+    calls += [(os.system, f"touch '{marker}'"), (subprocess.check_call, ["touch", str(marker)])]
+    return [Weapon(*call) for call in calls]
 
 
-def released_places(weapon, state: dict) -> dict[str, tuple]:
-    """(data, config) of a released file with the weapon in each place where one could be."""
-    clean = {"model": state, "ema": state, "steps": 1, "args": argparse.Namespace(lr=1)}
-    config = {"model": released_config()}
-    return {
-        "top level": (weapon, None),
-        "a key of the top level": (clean | {weapon: 1}, config),
-        "another entry": (clean | {"extra": weapon}, config),
-        "steps": (clean | {"steps": weapon}, config),
-        "args": (clean | {"args": weapon}, config),
-        "in args": (clean | {"args": argparse.Namespace(lr=weapon)}, config),
-        "config": (clean | {"config": weapon}, None),
-        "config._data": (clean, weapon),
-        "in config._data": (clean, {"model": released_config(vq_dim=weapon)}),
-        "model": (clean | {"model": weapon}, config),
-        "in the model": (clean | {"model": state | {"extra": weapon}}, config),
-        "a tensor's place": (clean | {"ema": state | {"patchify.bias": weapon}}, config),
-        "optimizer": (clean | {"optimizer": {"state": {0: weapon}}}, config),
-        "discriminator": (clean | {"discriminator": [weapon]}, config),
-    }
+def armed(data: dict, weapon: Weapon):
+    """Yields (place, data with the weapon there), for each place at the top and in the dicts and objects below."""
+    yield "the whole file", weapon
+    yield "a key", data | {weapon: 1}
+    for name in (*data, "optimizer", "training", "discriminator"):
+        yield name, data | {name: weapon}
+        yield f"a list in {name}", data | {name: [weapon]}
+        inside = data.get(name)
+        if isinstance(inside, dict):
+            yield f"a further entry of {name}", data | {name: inside | {"extra": weapon}}
+            yield f"the first entry of {name}", data | {name: inside | {next(iter(inside)): weapon}}
+        elif isinstance(inside, argparse.Namespace):
+            yield f"an attribute of {name}", data | {name: argparse.Namespace(lr=weapon)}
 
 
-def assert_refused_and_nothing_ran(load, path: Path, marker: Path, place: str):
-    with pytest.raises(ValueError) as error:
-        load(path)
-    assert "could run code" in one_line(error), place
-    assert str(path) in str(error.value)
-    assert not marker.exists(), f"code in {place} ran"
-
-
-def test_the_weapons_of_these_tests_are_real(tmp_path):
-    for i, weapon in enumerate(weapons(tmp_path / "ran")):
-        torch.save(weapon, tmp_path / "x.pt")
-        torch.load(tmp_path / "x.pt", weights_only=False)
-        assert (tmp_path / "ran").exists(), i
-        (tmp_path / "ran").rename(tmp_path / f"ran{i}")
-
-
-def test_code_anywhere_in_a_released_tokenizer_is_refused(tmp_path, tiny_tokenizer):
-    state, marker = released_state(tiny_tokenizer), tmp_path / "ran"
-    for weapon in weapons(marker):
-        for place, (data, config) in released_places(weapon, state).items():
-            path = save_released(tmp_path / "x.pt", data, config)
-            assert_refused_and_nothing_ran(dar.load_tokenizer, path, marker, place)
-
-
-def test_code_anywhere_in_a_released_llama_is_refused(tmp_path, tiny_ar):
-    state, marker = released_state(tiny_ar), tmp_path / "ran"
-    for weapon in weapons(marker):
-        for place, (data, _) in released_places(weapon, state).items():
-            if "config" not in place:
-                path = save_released(tmp_path / "x.pt", data)
-                assert_refused_and_nothing_ran(dar.load_ar, path, marker, place)
-
-
-def test_code_anywhere_in_our_own_format_is_refused(tmp_path, bundle):
-    data, marker = dar.read_checkpoint(bundle), tmp_path / "ran"
-    for weapon in weapons(marker):
-        for field in (*data, "ema", "training"):
-            torch.save(data | {field: weapon}, tmp_path / "x.pt")
-            assert_refused_and_nothing_ran(dar.load_ar, tmp_path / "x.pt", marker, field)
-        for field in ("config", "model", "tokenizer"):
-            torch.save(data | {field: data[field] | {"extra": weapon}}, tmp_path / "x.pt")
-            assert_refused_and_nothing_ran(dar.load_ar, tmp_path / "x.pt", marker, f"in {field}")
+@pytest.mark.parametrize("number", range(6), ids=["open", "mkdir", "exec", "eval", "system", "check_call"])
+def test_code_anywhere_in_a_file_is_refused(tmp_path, bundle, tiny_tokenizer, tiny_ar, number):
+    path, marker = tmp_path / "x.pt", tmp_path / "ran"
+    weapon = weapons(marker)[number]
+    tokenizer, ar = released_state(tiny_tokenizer), released_state(tiny_ar)
+    more, config = {"steps": 1, "args": argparse.Namespace(lr=1)}, {"model": released_config()}
+    files = [(dar.load_ar, place, data, None) for place, data in armed(dar.read_checkpoint(bundle), weapon)]
+    files += [(dar.load_ar, place, data, None) for place, data in armed({"model": ar, "ema": ar} | more, weapon)]
+    for place, data in armed({"model": tokenizer, "ema": tokenizer} | more, weapon):
+        files.append((dar.load_tokenizer, place, data, config if isinstance(data, dict) else None))
+    for place, inside in (("config._data", weapon), ("in it", {"model": released_config(vq_dim=weapon)})):
+        files.append((dar.load_tokenizer, place, {"model": tokenizer}, inside))
+    for load, place, data, inside in files:
+        save_released(path, data, inside)
+        assert "could run code" in refusal(load, path), place
+        assert not marker.exists(), f"code in {place} ran"
+    torch.save(weapon, path)
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the weapon of this test is none"
 
 
 @pytest.mark.parametrize("opcodes", ["GLOBAL", "INST", "OBJ", "STACK_GLOBAL", "STACK_GLOBAL in two steps"])
@@ -672,23 +566,10 @@ def test_hand_made_pickles_are_refused(tmp_path, bundle, opcodes):
     assert marker.exists(), "the weapon of this test is none"
 
 
-def test_a_pickle_outside_a_zip_file_is_refused(tmp_path):
-    marker = tmp_path / "ran"
-    (tmp_path / "x.pt").write_bytes(pickle.dumps(Weapon(open, str(marker), "w")))
-    torch.save(Weapon(open, str(marker), "w"), tmp_path / "y.pt", _use_new_zipfile_serialization=False)
-    for name in ("x.pt", "y.pt"):
-        with pytest.raises(ValueError) as error:
-            dar.load_ar(tmp_path / name)
-        one_line(error)
-    assert not marker.exists()
-
-
 def test_other_classes_than_the_two_known_ones_are_refused_by_name(tmp_path, tiny_ar):
     for instance, name in ((io.StringIO(), "StringIO"), (random.Random(), "Random"), (Path("x"), "Path")):
         torch.save({"model": released_state(tiny_ar), "args": instance}, tmp_path / "x.pt")
-        with pytest.raises(ValueError, match=name) as error:
-            dar.load_ar(tmp_path / "x.pt")
-        one_line(error)
+        assert name in refusal(dar.load_ar, tmp_path / "x.pt")
 
 
 def test_nothing_is_imported_for_a_file(tmp_path, monkeypatch, tiny_tokenizer):
@@ -717,38 +598,26 @@ def test_the_stand_ins_are_inert_and_known_while_loading_alone(tmp_path, tiny_ar
 # Damage
 
 
-def corruptions(good: bytes, seed: int, count: int):
+def corruptions(good: bytes, count: int):
     """Yields (what was done, bytes): truncations, and damage to the zip directory, the pickle and the local headers."""
-    rng = random.Random(seed)
+    rng = random.Random(1)
     with zipfile.ZipFile(io.BytesIO(good)) as file:
         entry = next(info for info in file.infolist() if info.filename.endswith("data.pkl"))
         directory, headers = file.start_dir, [info.header_offset for info in file.infolist()]
-    start = (
-        entry.header_offset + 30 + int.from_bytes(good[entry.header_offset + 28 : entry.header_offset + 30], "little")
-    )
-    start += len(entry.filename)
-    regions = {
-        "pickle": (start, start + entry.file_size),
-        "directory": (directory, len(good)),
-        "end of directory": (len(good) - 22, len(good)),
-    }
-    cuts = [0, 1, 3, 4, 30, start, start + 100, directory, directory + 1, len(good) - 22, len(good) - 1]
-    cuts += [rng.randrange(len(good)) for _ in range(count // 4 - len(cuts))]
-    for cut in cuts:
+    extra = int.from_bytes(good[entry.header_offset + 28 : entry.header_offset + 30], "little")
+    start = entry.header_offset + 30 + extra + len(entry.filename)
+    stop, size = start + entry.file_size, len(good)
+    cuts = [0, 1, 3, 4, 30, start, start + 100, directory, directory + 1, size - 22, size - 1]
+    for cut in cuts + [rng.randrange(size) for _ in range(count // 4 - len(cuts))]:
         yield f"cut at {cut}", good[:cut]
-    for region, (low, high) in regions.items():
-        for _ in range(count // 5):
-            bad = bytearray(good)
-            places = [rng.randrange(low, high) for _ in range(rng.choice((1, 1, 1, 2, 20)))]
-            for place in places:
-                bad[place] ^= rng.randrange(1, 256)
-            yield f"{region}, flipped at {places}", bytes(bad)
-    for header in rng.sample(headers, min(count // 10, len(headers))):
+    regions = [("pickle", start, stop), ("directory", directory, size), ("end of directory", size - 22, size)]
+    regions = regions * (count // 5) + [("header", header, header + 30) for header in headers[: count // 10]]
+    for region, low, high in regions:
         bad = bytearray(good)
-        bad[header + rng.randrange(30)] ^= rng.randrange(1, 256)
-        yield f"header flipped at {header}", bytes(bad)
-    for _ in range(count // 20):
-        low = rng.randrange(start, start + entry.file_size - 40)
+        for _ in range(1 if region == "header" else rng.choice((1, 1, 1, 2, 20))):
+            bad[rng.randrange(low, high)] ^= rng.randrange(1, 256)
+        yield f"{region} of {low} to {high}, flipped", bytes(bad)
+    for low in [rng.randrange(start, stop - 40) for _ in range(count // 20)]:
         yield f"pickle, 40 bytes from {low} zeroed", good[:low] + bytes(40) + good[low + 40 :]
         yield f"pickle, 40 bytes from {low} gone", good[:low] + good[low + 40 :]
 
@@ -764,7 +633,7 @@ def test_damaged_files_load_the_same_or_end_in_one_line(tmp_path, tiny_ar, tiny_
         torch.save({"model": released_state(tiny_ar), "args": argparse.Namespace(lr=1)}, path)
     load, original = (dar.load_tokenizer, tiny_tokenizer) if "tokenizer" in which else (dar.load_ar, tiny_ar)
     refused = tried = 0
-    for what, bad in corruptions(path.read_bytes(), 1, 140):
+    for what, bad in corruptions(path.read_bytes(), 140):
         path.unlink()  # what is still mapped of the last one stays as it was
         path.write_bytes(bad)
         start = time.process_time()
@@ -788,71 +657,42 @@ def test_damaged_files_load_the_same_or_end_in_one_line(tmp_path, tiny_ar, tiny_
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_number_changed_in_the_pickle_is_noticed(tmp_path, bundle):
-    """Nothing but the checksum can tell: the file is as well-formed as before."""
-    good, number = bundle.read_bytes(), b"G" + struct.pack(">d", 0.5)  # the tokenizer's data scale
-    assert good.count(number) == 1
-    (tmp_path / "x.pt").write_bytes(good.replace(number, b"G" + struct.pack(">d", 0.625)))
-    with pytest.raises(ValueError) as error:
-        dar.load_ar(tmp_path / "x.pt")
-    one_line(error)
-
-
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_checkpoint_that_was_zipped_again_loads_the_same_or_is_refused(tmp_path, bundle, tiny_ar, compression):
-    with zipfile.ZipFile(bundle) as old, zipfile.ZipFile(tmp_path / "x.pt", "w", compression) as new:
-        for entry in old.namelist():
-            new.writestr(entry, old.read(entry))
-    if compression == zipfile.ZIP_STORED:
-        assert_same_weights(dar.load_ar(tmp_path / "x.pt"), tiny_ar.state_dict())
-    else:  # a mapped tensor would be its compressed bytes
-        with pytest.raises(ValueError) as error:
-            dar.load_ar(tmp_path / "x.pt")
-        one_line(error)
-
-
-def test_a_checkpoint_after_other_bytes_loads_or_is_refused(tmp_path, bundle):
-    """Zip files may begin anywhere; mapped tensors may not be off by that much."""
-    (tmp_path / "x.pt").write_bytes(bytes(100) + bundle.read_bytes())
-    expected = dar.load_ar(bundle)
-    try:
-        ar = dar.load_ar(tmp_path / "x.pt")
-    except ValueError:
+@pytest.mark.parametrize("change", ["a number", "zipped again", "compressed", "100 bytes before it"])
+def test_a_well_formed_file_that_was_changed_loads_the_same_or_is_refused(tmp_path, bundle, tiny_ar, change):
+    path, good, number = tmp_path / "x.pt", bundle.read_bytes(), b"G" + struct.pack(">d", 0.5)  # the data scale
+    if change in ("zipped again", "compressed"):
+        compression = zipfile.ZIP_DEFLATED if change == "compressed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(bundle) as old, zipfile.ZipFile(path, "w", compression) as new:
+            for entry in old.namelist():
+                new.writestr(entry, old.read(entry))
+    elif change == "a number":  # nothing but the checksum can tell
+        assert good.count(number) == 1
+        path.write_bytes(good.replace(number, b"G" + struct.pack(">d", 0.625)))
+    else:  # zip files may begin anywhere; mapped tensors may not be off by that much
+        path.write_bytes(bytes(100) + good)
+    if change in ("a number", "compressed"):
+        refusal(dar.load_ar, path)
         return
-    assert_same_weights(ar, expected.state_dict())
+    try:
+        ar = dar.load_ar(path)
+    except ValueError:
+        assert change != "zipped again"
+        return
+    assert_same_weights(ar, tiny_ar.state_dict())
 
 
-def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, tiny_ar, tiny_tokenizer):
-    good = save_bundle(tmp_path / "good.pt", tiny_ar, tiny_tokenizer).read_bytes()
-    state = released_state(tiny_ar)
-    data = dar.read_checkpoint(tmp_path / "good.pt")
-    wrong = {name: tmp_path / f"{name}.pt" for name in ("cut", "page", "directory", "pickle", "old")}
-    wrong["cut"].write_bytes(good[: len(good) // 2])
-    wrong["page"].write_text("<html>\n<body>Not found</body>\n</html>\n")
-    with zipfile.ZipFile(io.BytesIO(good)) as file:
-        directory = file.start_dir
-    wrong["directory"].write_bytes(good[: directory + 8] + b"\xff" * 40 + good[directory + 48 :])
-    wrong["pickle"].write_bytes(good[:200] + b"\xff" * 40 + good[240:])
-    torch.save(state, wrong["old"], _use_new_zipfile_serialization=False)
-    wrong["folder"] = tmp_path
-    wrong["nothing"] = tmp_path / "nothing.pt"
+@pytest.mark.slow
+def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, bundle):
+    data, good = dar.read_checkpoint(bundle), bundle.read_bytes()
+    (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
     torch.save(data | {"args": weapons(tmp_path / "ran")[0]}, tmp_path / "code.pt")
-    wrong["code"] = tmp_path / "code.pt"
-    model = data["model"] | {"output.weight": torch.zeros(64, 16), "two\nlines": torch.zeros(1)}
-    torch.save(data | {"model": model}, tmp_path / "shapes.pt")
-    wrong["shapes"] = tmp_path / "shapes.pt"
-    dar.save_checkpoint(tmp_path / "tokenizer.pt", tiny_tokenizer)
-    wrong["tokenizer"] = tmp_path / "tokenizer.pt"
-
-    def run(path):
-        command = [sys.executable, ROOT / "sample.py", "--device", "cpu", "--ckpt", path, "--out", tmp_path / "out.png"]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-
-    with ThreadPoolExecutor(2) as pool:
-        for name, done in zip(wrong, pool.map(run, wrong.values())):
-            assert done.returncode == 2, f"{name}: {done}"
-            assert done.stdout == "" and len(done.stderr.splitlines()) == 1, f"{name}: {done}"
-            assert done.stderr.startswith("error: ") and wrong[name].name in done.stderr, f"{name}: {done}"
+    torch.save(data | {"model": data["model"] | {"two\nlines": torch.zeros(1)}}, tmp_path / "keys.pt")
+    torch.save(data | {"model": data["model"] | {"norm.weight": torch.full((64,), torch.nan)}}, tmp_path / "nan.pt")
+    for name, code in (("cut", 2), ("code", 2), ("keys", 2), ("nothing", 2), ("nan", 3)):
+        command = [sys.executable, ROOT / "sample.py", "--device", "cpu", "--ckpt", tmp_path / f"{name}.pt"]
+        done = subprocess.run([*command, "--out", tmp_path / "out.png"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == code and done.stdout == "", done
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and f"{name}.pt" in done.stderr
     assert not (tmp_path / "out.png").exists() and not (tmp_path / "ran").exists()
 
 
@@ -886,6 +726,7 @@ print(sum(p.nbytes for p in model.parameters()), peak[0] - before[0], peak[1] - 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     with torch.device("meta"):
@@ -909,17 +750,9 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
         )
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_refused_naming_file_and_weight(tmp_path, bundle, value):
-    data = dar.read_checkpoint(bundle)
-    for part in (data["model"]["norm.weight"], data["tokenizer"]["model"]["patchify.bias"]):
-        weight = part.clone()
-        part[-1] = value
-        torch.save(data, tmp_path / "x.pt")
-        part.copy_(weight)
-        with pytest.raises(FloatingPointError, match="x.pt.*(norm.weight|patchify.bias) is not finite") as error:
-            dar.load_ar(tmp_path / "x.pt")
-        one_line(error)
+def test_8_bit_floats_load(tmp_path, tiny_ar):
+    torch.save({"model": {k: v.to(torch.float8_e4m3fn) for k, v in tiny_ar.state_dict().items()}}, tmp_path / "x.pt")
+    assert dar.load_ar(tmp_path / "x.pt", dtype=torch.float32, num_tokens=8).output.weight.isfinite().all()
 
 
 # Writing
@@ -928,19 +761,17 @@ def test_weights_that_are_not_finite_are_refused_naming_file_and_weight(tmp_path
 def test_a_file_appears_whole_and_nothing_beside_it(tmp_path):
     path = tmp_path / "x.bin"
     path.write_bytes(b"old")
-
-    def write(file):
-        file.write(b"new, and ")
-        file.flush()
-        assert path.read_bytes() == b"old"
-        file.write(b"longer")
-
-    dar.write_atomically(path, write)
-    assert path.read_bytes() == b"new, and longer"
+    dar.write_atomically(path, lambda file: file.write(path.read_bytes() + b" and new"))
+    assert path.read_bytes() == b"old and new"
     assert os.listdir(tmp_path) == ["x.bin"]
+    with pytest.raises(OSError, match="nowhere") as error:
+        dar.write_atomically(tmp_path / "nowhere" / "x.bin", lambda file: file.write(b"x"))
+    one_line(error)
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("disk\nfull")])
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space"), RuntimeError("disk\nfull"), OSError(), KeyboardInterrupt()]
+)
 def test_a_failed_write_keeps_the_old_file_and_says_so(tmp_path, failure):
     path = tmp_path / "x.bin"
     path.write_bytes(b"old")
@@ -949,31 +780,14 @@ def test_a_failed_write_keeps_the_old_file_and_says_so(tmp_path, failure):
         file.write(b"half of the n")
         raise failure
 
-    with pytest.raises(OSError, match="x.bin") as error:
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else OSError) as error:
         dar.write_atomically(path, write)
-    one_line(error)
+    assert isinstance(failure, KeyboardInterrupt) or "x.bin" in one_line(error)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x.bin"]
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, TypeError])
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path, failure):
-    def write(file):
-        file.write(b"half of the n")
-        raise failure
-
-    with pytest.raises(failure):
-        dar.write_atomically(tmp_path / "x.bin", write)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(OSError, match="nowhere") as error:
-        dar.write_atomically(tmp_path / "nowhere" / "x.bin", lambda file: file.write(b"x"))
-    one_line(error)
-
-
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, bundle, tiny_ar, tiny_tokenizer):
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch, bundle, tiny_tokenizer):
     def save(data, file):
         file.write(b"PK\x03\x04")
         raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")

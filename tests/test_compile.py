@@ -116,6 +116,15 @@ def test_caches_are_used_again_but_not_by_two_pictures_at_once(models, monkeypat
         assert torch.equal(codes, plain.generate(LABELS, seeds=seed))
 
 
+def test_caches_made_in_inference_mode_serve_outside_of_it_too(models, monkeypatch):
+    plain, ar = models
+    monkeypatch.setattr(dar, "quiet_compile", lambda function, **_: function)
+    dar.prepare_for_sampling(ar, compile=True)
+    with torch.inference_mode():
+        codes = ar.generate(LABELS, seeds=0)
+    assert torch.equal(ar.generate(LABELS, seeds=0), codes)
+
+
 def test_compiling_says_nothing(tmp_path):
     program = (
         "import torch, dar\n"

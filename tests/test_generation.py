@@ -363,10 +363,11 @@ def test_what_follows_a_prefix_depends_on_it(small_ar):
         torch.zeros(3, 4, dtype=torch.int64),  # three rows for two pictures
         torch.zeros(1, 2, 4, dtype=torch.int64),
         torch.zeros(4),
+        torch.tensor(3),
         torch.tensor([0, 64]),
         torch.tensor([-1]),
     ],
-    ids=["too long", "too long each", "other batch", "3-D", "float", "above the vocabulary", "negative"],
+    ids=["too long", "too long each", "other batch", "3-D", "float", "0-D", "above the vocabulary", "negative"],
 )
 def test_a_prefix_that_does_not_fit_is_refused(small_ar, prefix):
     with pytest.raises(ValueError, match="prefix"):

@@ -221,3 +221,12 @@ def test_freed_memory_is_kept():
         found.append(int(done.stdout))
     plain, kept = found
     assert kept < 1000 and kept < plain / 10
+
+
+def test_a_closed_stderr_changes_nothing():
+    program = (
+        "import dar, sys\ndef main():\n    print('lost', file=sys.stderr)\n    print('done')\ndar.command_line(main)"
+    )
+    command = f'exec "{sys.executable}" -c "{program}" 2>&-'
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
