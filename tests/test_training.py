@@ -687,7 +687,7 @@ MISTAKES = {
     "without its average": ("--out ar", "ema was True, is False"),
     "guidance": ("--cfg 1 2 3", "(1.0, 2.0, 3.0)"),
     "no tokenizer": ("--tokenizer no.pt", "no.pt"),
-    "a Llama": ("--tokenizer ar/last.pt", "a Llama"),
+    "a Llama": ("--tokenizer ar/last.pt", "expected a tokenizer"),
     "no numbers": ("--tokenizer nan.pt", "nan.pt"),
     "out is a file": ("--out nan.pt", "nan.pt"),
 }
