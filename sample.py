@@ -9,6 +9,7 @@ The authors' released weights:   python sample.py --ckpt D-AR-XL-360K.pt --token
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -102,9 +103,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     for file in filter(None, [args.npz, args.reference_npz] if a_set else [args.out, args.trajectory, args.gif]):
         folder = file.resolve().parent
         if file.suffix.lower() not in wanted or file.is_dir() or not folder.is_dir():
-            raise ValueError(
-                f"{file}: expected a file's name ending in {' '.join(sorted(wanted))}, in a folder that exists"
-            )
+            raise ValueError(f"{file}: expected a file ending in {' '.join(sorted(wanted))}, in a folder that exists")
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{file}: its folder cannot be written to")
     if args.folder and (args.folder.suffix.lower() == ".npz" or args.folder.resolve() == Path.cwd()):
@@ -124,17 +123,14 @@ def parse_classes(words: list[str] | None, names: list[str], option: str = "--cl
     """Names or numbers -> class numbers; all if words is None. Raises ValueError naming the one that does not exist."""
     numbers = {str(i): i for i in range(len(names))} | {names[i].lower(): i for i in reversed(range(len(names)))}
     for word in words or ():
-        if word.lower() not in numbers:
-            known = ", ".join([*names[:20], "..."][: len(names)])
-            raise ValueError(f"{option} {word}: no such class; there are 0 ... {len(names) - 1} ({known})")
+        known = f"there are 0 ... {len(names) - 1} ({', '.join([*names[:20], '...'][: len(names)])})"
+        dar.require(word.lower() in numbers, f"{option} {word}: no such class; {known}")
     return list(range(len(names))) if words is None else [numbers[word.lower()] for word in words]
 
 
 def stream(ar, args, labels: list[int], seeds: list[int], prefix=None, tokens=None) -> Iterator[dar.StreamStep]:
     """dar.stream with the command line's settings, up to --tokens; x is the preview until all are drawn."""
     total, group, tokens = ar.config.num_tokens, ar.tokenizer.config.group_size, tokens or args.tokens
-    if tokens is not None and (tokens % group or not 0 < tokens <= total):
-        raise ValueError(f"--tokens {tokens}: expected a multiple of {group}, up to {total}")
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, prefix=prefix)
     labels = torch.tensor(labels, device=ar.tok_embeddings.weight.device)
     steps = dar.stream(ar, ar.tokenizer, labels, args.cfg, seeds, None, args.steps, args.solver, **sampling)
@@ -179,8 +175,10 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
         if not 0 <= min(kept) <= max(kept) <= total:
             raise ValueError(f"--prefix-tokens {' '.join(map(str, kept))}: expected numbers from 0 to {total}")
         if args.prefix_image:
-            upright = ImageOps.exif_transpose(dar.load_rgb(args.prefix_image))  # as the camera was held
-            source = dar.center_crops([upright], ar.tokenizer.config.image_size)
+            photo = dar.load_rgb(args.prefix_image)
+            with contextlib.suppress(Exception):  # a damaged EXIF turns nothing
+                photo = ImageOps.exif_transpose(photo)  # as the camera was held
+            source = dar.center_crops([photo], ar.tokenizer.config.image_size)
             codes = ar.tokenizer.encode(source.to(ar.tok_embeddings.weight.device))[0]
         else:
             label = parse_classes([args.prefix_class], names, "--prefix-class")
@@ -365,8 +363,7 @@ def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: da
 def main() -> None:
     args = parse_arguments()
     check_arguments(args)
-    # Rounding depends on the number of threads, and torchrun would set another than a lone process has. So the script
-    # decides: the processes of a set have one thread each unless told otherwise.
+    # Rounding depends on the number of threads, which torchrun would set: in a set it is one unless told otherwise.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.threads or (1 if args.npz or args.folder else cores))
     processes = dar.Processes.start(dar.pick_device(args.device))
@@ -384,6 +381,9 @@ def main() -> None:
     if args.save_bundle:
         dar.save_checkpoint(args.save_bundle, ar, dtype=DTYPES.get(args.dtype))
         return print(f"wrote {args.save_bundle}")
+    group, total = tokenizer.config.group_size, tokenizer.config.num_tokens
+    if args.tokens and (args.tokens % group or args.tokens > total):
+        raise ValueError(f"--tokens {args.tokens}: expected a multiple of {group}, up to {total}")
     models = [tokenizer] if ar is None else [ar, tokenizer]
     args.weights = dar.fingerprint(models) if args.npz or args.folder else None
     dar.prepare_for_sampling(models[0], args.compile)

@@ -528,6 +528,7 @@ def test_statistics_in_the_file_go_before_those_of_its_images(
     assert code == 0 and out == "FID: [5.0, 7.0, 5.0, 7.0]\n" and "sFID" in err
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_numbers_of_one_process(two_sets, weights, by_hand):
     # In batches of 4, 13 and 11 images are 4 and 3 batches: 8 + 5 images for the two processes, and 4 + 7.
     arguments = [two_sets / "reference", two_sets / "samples", "--weights", weights, "--batch-size", "4", "--json"]

@@ -123,6 +123,7 @@ def whole(model, tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [3])  # 2 below
 def test_any_number_of_processes_writes_the_same_bytes(model, whole, world):
     assert finish(start(world, "--ckpt", model, "--num", 44, "--batch", 4, "--npz", "x.npz")) == [0] * world
@@ -130,6 +131,7 @@ def test_any_number_of_processes_writes_the_same_bytes(model, whole, world):
     assert os.listdir() == ["x.npz"]
 
 
+@pytest.mark.slow
 def test_torchrun_and_its_threads_change_nothing(model, whole):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     words = ["--", ROOT / "sample.py", "--ckpt", model, "--num", 44, "--batch", 4, "--npz", "x.npz"]
@@ -141,6 +143,7 @@ def test_torchrun_and_its_threads_change_nothing(model, whole):
     assert done.stderr.count("44/44") <= 2 and done.stdout.count("44 pictures") == 1  # one bar, one last line
 
 
+@pytest.mark.slow
 def test_a_set_killed_at_random_moments_by_1_2_3_processes_comes_out_the_same(model, whole):
     rng, words, part = (
         random.Random(),
@@ -306,6 +309,7 @@ def test_the_disk_must_have_room_for_twice_the_set(model, capsys, monkeypatch):
     call("--ckpt", model, "--num", 6, "--npz", "x.npz")
 
 
+@pytest.mark.slow
 def test_one_refusal_for_all_processes(model):
     Path("x.npz").write_bytes(b"")
     assert finish(start(2, "--ckpt", model, "--npz", "x.npz")) == [2, 2]
@@ -464,6 +468,8 @@ MISTAKES = {
     "guidance of three": ("--cfg 1 2 3", "--cfg"),
     "guidance that is none": ("--cfg nan", "--cfg"),
     "half a group": ("--tokens 6", "--tokens 6"),
+    "half a group to reconstruct": ("--reconstruct . --npz x.npz --reference-npz y.npz --tokens 6", "--tokens 6"),
+    "too many tokens to reconstruct": ("--reconstruct . --npz x.npz --reference-npz y.npz --tokens 36", "up to 32"),
     "too many tokens": ("--tokens 36", "up to 32"),
     "class": ("--classes c10", "c10"),
     "class of the layout": ("--prefix-class c99 --prefix-seed 1", "--prefix-class c99"),
@@ -517,3 +523,8 @@ def test_a_photograph_that_was_taken_upright_is_turned(model):
         words = "--prefix-tokens 4 --classes c1 --num 1 --threads 1 --out".split()
         call("--ckpt", model, "--prefix-image", f"{name}.png", *words, f"{name}-drawn.png")
     assert Path("upright-drawn.png").read_bytes() == Path("lying-drawn.png").read_bytes()
+
+
+def test_a_damaged_exif_turns_nothing(model):
+    Image.new("RGB", (40, 64), "red").save("photo.jpg", exif=b"Exif\0\0garbage")
+    call("--ckpt", model, *"--prefix-image photo.jpg --prefix-tokens 4 --classes c1 --out x.png".split())

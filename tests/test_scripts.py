@@ -1,11 +1,15 @@
 """The scripts, run as a user runs them: pictures from checkpoints, and mistakes."""
 
+import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from command_lines import AR, TOKENIZER, draw_pictures, run
+from command_lines import AR, ROOT, TOKENIZER, command, draw_pictures, environment, run
 from PIL import Image
 
 import dar
@@ -25,26 +29,12 @@ def work(tmp_path_factory) -> Path:
 def test_a_llama_checkpoint_needs_nothing_else_to_sample(work, tmp_path):
     ar = dar.load_ar(work / "ar" / "last.pt")
     assert ar.class_names == ["ant", "bee", "cat"] and ar.tokenizer.config.num_tokens == 16
-    out = tmp_path / "grid.png"
-    run("sample.py", "--ckpt", work / "ar" / "last.pt", "--classes", "bee", "2", "--num", 3, "--batch", 2, "--out", out)
+    out, again, bundle = (tmp_path / name for name in ("grid.png", "again.png", "bundle.pt"))
+    words = ["sample.py", "--ckpt", work / "ar" / "last.pt", "--num", 3, "--batch", 2]
+    run(*words, "--classes", "bee", "2", "--out", out)
     assert Image.open(out).size[0] > 2 * 96
-    again = tmp_path / "again.png"
-    run(
-        "sample.py",
-        "--ckpt",
-        work / "ar" / "last.pt",
-        "--classes",
-        "1",
-        "cat",
-        "--num",
-        3,
-        "--batch",
-        2,
-        "--out",
-        again,
-    )
+    run(*words, "--classes", "1", "cat", "--out", again)
     assert out.read_bytes() == again.read_bytes()
-    bundle = tmp_path / "bundle.pt"
     run("sample.py", "--ckpt", work / "ar" / "last.pt", "--save-bundle", bundle)
     assert torch.equal(dar.load_ar(bundle).output.weight, ar.output.weight)
 
@@ -88,17 +78,45 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_that_names_it(work, mistake):
-    words, named = MISTAKES[mistake]
-    (work / "empty").mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def mistaken(work) -> Path:
+    (work / "empty").mkdir()
     data = (work / "ar" / "last.pt").read_bytes()
     (work / "half.pt").write_bytes(data[: len(data) // 2])
-    done = run(*words.split(), cwd=work, code=2)
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], done.stderr
+    return work
 
 
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_that_names_it(mistaken, mistake, monkeypatch, capsys, restore_signals):
+    (script, *words), named = MISTAKES[mistake][0].split(), MISTAKES[mistake][1]
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(mistaken)
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    torch.set_num_threads(threads)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["no such data", "truncated checkpoint"])
+def test_the_shell_sees_the_same_line_and_exit_code(mistaken, mistake):
+    words, named = MISTAKES[mistake]
+    lines = run(*words.split(), cwd=mistaken, code=2).stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0], lines
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell that can close stderr")
+def test_a_closed_stderr_stops_nothing(work, tmp_path):
+    words = command("sample.py", "--ckpt", work / "ar" / "last.pt", "--num", 1, "--out", tmp_path / "x.png")
+    done = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *words], env=environment(), capture_output=True)
+    assert done.returncode == 0 and Image.open(tmp_path / "x.png").format == "PNG"
+
+
+@pytest.mark.slow
 def test_without_a_compiler_compiling_ends_in_one_line(work, tmp_path):
     words = "sample.py --ckpt ar/last.pt --num 1 --compile --device cpu --out".split()
     elsewhere = dict(CXX="/nowhere/c++", TORCHINDUCTOR_CACHE_DIR=tmp_path)
