@@ -18,6 +18,7 @@ SMALL = (
     "encoder_layers=1 decoder_layers=1 diffusion_layers=1 num_tokens=16 num_groups=4 codebook_size=64"
 ).split()
 TOKENIZER = "train_tokenizer.py --data shapes --batch 4 --log-every 1 --picture-every 100".split() + SMALL
+BASELINE = [word.replace("shapes", "data") for word in TOKENIZER] + "--steps 4 --codebook-warmup 2 --times 2".split()
 AR = "train_ar.py --device cpu --precision float32 --data data --width 64 --layers 1 --batch 4 --log-every 1".split()
 
 

@@ -12,6 +12,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "data")]  # dar.py and the scripts; synthetic.py
 
 import synthetic  # noqa: E402
+from command_lines import AR, BASELINE, draw_pictures, run  # noqa: E402
 
 import dar  # noqa: E402
 
@@ -102,6 +103,16 @@ def small_tokenizer(make_tokenizer) -> dar.SequentialDiffusionTokenizer:
 def small_ar(make_ar) -> dar.ARTransformer:
     """64 codes, 32 tokens, 10 classes: fits small_tokenizer. Shared: a test that changes it takes make_ar."""
     return make_ar()
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    """A folder with 24 pictures of 3 classes (data/), a tokenizer trained on them (tokenizer/), and a Llama (ar/)."""
+    work = tmp_path_factory.mktemp("work")
+    draw_pictures(work / "data")
+    run(*BASELINE, *"--val shapes --out tokenizer --keep-every 2 --save-every 1".split(), cwd=work)
+    run(*AR, *"--val data --tokenizer tokenizer/last.pt --out ar --steps 5 --ema --save-every 2".split(), cwd=work)
+    return work
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import dar
 from experiments import bench
 
 
+@pytest.mark.slow
 def test_bench_sets_each_figure_beside_a_limit_that_it_does_not_pass(tmp_path):
     words = "--rows encode decode generate stream train --batch 1 --tokens 8 --seconds 0.01 --dtype float32"
     run("experiments/bench.py", *words.split(), *"--device cpu --json".split(), tmp_path / "rows.json")
@@ -20,6 +21,7 @@ def test_bench_sets_each_figure_beside_a_limit_that_it_does_not_pass(tmp_path):
         assert 0 < row["share"] < 1
 
 
+@pytest.mark.slow
 def test_bench_says_what_it_cannot_measure_before_it_starts(tmp_path):
     assert "belong together" in run("experiments/bench.py", *"--rows stream --models B --device cpu".split()).stdout
     done = run("experiments/bench.py", "--json", tmp_path / "nowhere" / "x.json", code=2)

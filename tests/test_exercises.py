@@ -41,6 +41,7 @@ def test_only_the_bodies_of_the_listed_functions_go(number):
     assert (ROOT / exercise.tests).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_copy_fails_its_own_tests_and_passes_the_others(tmp_path, number):
     write_copy(tmp_path / "course", number)

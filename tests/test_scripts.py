@@ -9,21 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_lines import AR, ROOT, TOKENIZER, command, draw_pictures, environment, run
+from command_lines import ROOT, command, environment, run
 from PIL import Image
 
 import dar
 import sample
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """A folder with a trained tokenizer (tokenizer/), 24 pictures of 3 classes (data/), and a trained Llama (ar/)."""
-    work = tmp_path_factory.mktemp("work")
-    draw_pictures(work / "data")
-    run(*TOKENIZER, *"--out tokenizer --steps 3".split(), cwd=work)
-    run(*AR, *"--tokenizer tokenizer/last.pt --out ar --steps 3".split(), cwd=work)
-    return work
 
 
 def test_a_llama_checkpoint_needs_nothing_else_to_sample(work, tmp_path):
@@ -39,6 +29,7 @@ def test_a_llama_checkpoint_needs_nothing_else_to_sample(work, tmp_path):
     assert torch.equal(dar.load_ar(bundle).output.weight, ar.output.weight)
 
 
+@pytest.mark.slow
 def test_released_files_draw_the_golden_tokens_from_the_command_line(released_dir, golden_ar, tmp_path):
     plain = "--device cpu --dtype float32".split()
     words = f"--ckpt {released_dir}/ar.pt --tokenizer {released_dir}/tokenizer.pt --classes 3 7 --num 2 --top-k 1"

@@ -186,10 +186,12 @@ def test_a_fingerprint_follows_weights_and_config(make_ar):
         ("return None", 0, ""),
     ],
 )
-def test_mistakes_end_in_one_line_and_an_exit_code(body, code, words):
-    program = f"import dar\ndef main():\n    {body}\ndar.command_line(main)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code and done.stderr.strip() == words
+def test_mistakes_end_in_one_line_and_an_exit_code(body, code, words, capsys):
+    names = {"dar": dar}
+    exec(f"def main():\n    {body}", names)
+    with pytest.raises(SystemExit) as ended:
+        dar.command_line(names["main"])
+    assert (ended.value.code or 0) == code and capsys.readouterr().err.strip() == words
 
 
 def test_a_device_that_is_not_there_is_refused():
@@ -199,6 +201,7 @@ def test_a_device_that_is_not_there_is_refused():
             dar.pick_device("cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="about the malloc of Linux's glibc"
 )

@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 import torch
 from command_lines import (
     AR,
+    BASELINE,
     GLOO_ABORTS,
     ROOT,
     SMALL,
@@ -39,17 +39,6 @@ import train_tokenizer
 import training
 
 CPU = torch.device("cpu")
-BASELINE = [word.replace("shapes", "data") for word in TOKENIZER] + "--steps 4 --codebook-warmup 2 --times 2".split()
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """A folder with 24 pictures of 3 classes (data/), a tokenizer trained on them (tokenizer/), and a Llama (ar/)."""
-    work = tmp_path_factory.mktemp("work")
-    draw_pictures(work / "data")
-    run(*BASELINE, *"--val shapes --out tokenizer --keep-every 2 --save-every 1".split(), cwd=work)
-    run(*AR, *"--val data --tokenizer tokenizer/last.pt --out ar --steps 5 --ema --save-every 2".split(), cwd=work)
-    return work
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -150,6 +139,7 @@ def test_a_training_killed_at_every_moment_of_saving_goes_on_bit_for_bit(work):
     assert not list((work / "torn").glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_killed_llama_training_goes_on_bit_for_bit(work):
     words = (*AR, *"--tokenizer tokenizer/last.pt --steps 400 --save-every 17 --dropout 0.1".split())
     run(*words, "--out", "ar-whole", cwd=work)
@@ -252,11 +242,9 @@ def test_accumulated_micro_batches_take_the_step_of_the_whole_batch(work, one_pr
 
 
 @pytest.mark.slow
-def test_two_nodes_that_meet_through_torchruns_rendezvous_take_the_same_step(work, one_process):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    nodes = f"--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_id=test --rdzv_endpoint=localhost:{port}".split()
+def test_two_nodes_that_meet_through_torchruns_rendezvous_take_the_same_step(work, one_process, tmp_path):
+    meet = ["--rdzv_backend=c10d", "--rdzv_conf=store_type=file", f"--rdzv_endpoint={tmp_path / 'meet'}"]
+    nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test", *meet]  # a file takes a port's place
     launch = [sys.executable, "-m", "torch.distributed.run", *nodes, str(ROOT / "train_tokenizer.py")]
     words = [*launch, *TOKENIZER[1:], *STEP, "--micro-batch", "2", "--out", "nodes"]
     started = [subprocess.Popen(words, cwd=work, env=environment(), stderr=subprocess.DEVNULL) for _ in range(2)]
@@ -284,6 +272,7 @@ def test_llama_steps_are_the_same_for_any_number_of_processes(work):
 # Precision, memory, speed
 
 
+@pytest.mark.slow
 def test_bfloat16_follows_the_float32_curve(work):
     words = "--steps 40 --warmup 1 --lr 1e-3 --codebook-warmup 0".split()
     run(*TOKENIZER, *words, "--out", "f32", cwd=work)
@@ -293,12 +282,14 @@ def test_bfloat16_follows_the_float32_curve(work):
     assert np.abs(b / a - 1).max() < 0.05
 
 
+@pytest.mark.slow
 def test_float16_trains_a_tokenizer(work):
     run(*TOKENIZER, *"--steps 10 --out f16 --precision float16 --codebook-warmup 0".split(), cwd=work)
     rows = log(work / "f16")
     assert len(rows) == 10 and all(np.isfinite(float(row["loss"])) for row in rows)
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing(work):
     run(*BASELINE, "--out", "recomputed", "--checkpoint-blocks", cwd=work)
     assert losses(work / "recomputed") == losses(work / "tokenizer")
@@ -337,6 +328,7 @@ def test_compiled_trainings_follow_the_others(work):
 # Data
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(work):
     run(*BASELINE, "--out", "helped", "--workers", 2, cwd=work)
     assert losses(work / "helped") == losses(work / "tokenizer")
@@ -453,6 +445,7 @@ def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokeniz
     assert all(float(row["lpips"]) > 0 for row in log(work / "with-classifier"))
 
 
+@pytest.mark.slow
 def test_init_starts_from_the_averaged_weights_of_another_run(work):
     words = "--steps 1 --lr 1e-30 --init tokenizer/last.pt --out second".split()  # by default no codebook warm-up
     run(*TOKENIZER, *words, cwd=work)
@@ -497,6 +490,7 @@ def test_frozen_networks_run_in_float32():
     assert torch.equal(found, x @ x)
 
 
+@pytest.mark.slow
 def test_training_with_the_whole_loss_and_without(work, frozen):
     files = f"--vgg {frozen}/vgg.pth --dinov2-repo {frozen}/dinov2 --dinov2 {frozen}/dinov2.pth".split()
     words = [*TOKENIZER, "repa_layer=0", "--steps", "2", *files]
