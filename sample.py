@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="of the weights; auto: bfloat16 where it is fast")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--compile", action="store_true", help="for many pictures on a GPU: torch.compile, CUDA graphs; takes a minute")
-    add("--threads", type=int, help="of the CPU, in each process (default: 1 for sets, all for pictures)")
+    add("--threads", type=int, help="of the CPU, in each process (default: 1 for sets; else OMP_NUM_THREADS, or all)")
     add("--save-bundle", metavar="FILE", help="write model and tokenizer into one file, in --dtype, and stop")
     add = parser.add_argument_group("pictures").add_argument
     add("--out", type=Path, default=Path("samples.png"), help="the labelled grid (default: samples.png)")
@@ -363,9 +363,8 @@ def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: da
 def main() -> None:
     args = parse_arguments()
     check_arguments(args)
-    # Rounding depends on the number of threads, which torchrun would set: in a set it is one unless told otherwise.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(args.threads or (1 if args.npz or args.folder else cores))
+    if args.threads or args.npz or args.folder:  # rounding depends on the number, which torchrun would set
+        torch.set_num_threads(args.threads or 1)
     processes = dar.Processes.start(dar.pick_device(args.device))
     device, args.device = processes.device, processes.device.type
     if args.dtype == "auto":  # a bundle keeps the dtype of its files; pictures take what is fast

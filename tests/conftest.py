@@ -16,6 +16,9 @@ from command_lines import AR, BASELINE, draw_pictures, run  # noqa: E402
 
 import dar  # noqa: E402
 
+# The models here are small. On a busy machine two threads that wait for each other would take ten times as long as one.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
