@@ -32,6 +32,7 @@ from training import option
 # ours: so short that they see each image twice, they do without dropout.
 RECIPES = {name: dict(batch=1024, epochs=300, lr=4e-4, warmup=0, dropout=0.1) for name in ("B", "L", "XL")}
 RECIPES["tiny"] = RECIPES["cifar10"] = dict(batch=64, epochs=2, lr=2e-3, warmup=50, dropout=0.0)
+RECIPES["shapes"] = dict(batch=64, epochs=8, lr=2e-3, warmup=50, dropout=0.0)
 CHUNK = 256  # images that are tokenized before they count as done
 HELD_OUT = 10_000  # images that are measured, at most
 
@@ -265,12 +266,13 @@ def main() -> int:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=device.type != "mps")
     settings = {f"model {k}": v for k, v in dataclasses.asdict(model.config).items()}
     settings |= {"data": data.digest, "tokenizer": digest, "class_dropout": args.class_dropout}
     columns = ["val_loss", "val_shuffled", "unigram", "unigram_by_position"]
     columns += [f"val_group_{k}" for k in range(t.num_groups)]
-    run = training.TrainingRun(args, processes, model, ema, optimizer, settings, [], columns)
+    following = f"sample.py --ckpt {args.out}/last.pt"
+    run = training.TrainingRun(args, processes, model, ema, optimizer, settings, [], columns, following)
 
     # What cannot work has been refused by now: tokenizing may take hours.
     if args.on_the_fly:
