@@ -286,9 +286,9 @@ def held_out(model, data: training.ImageData, count: int, device, batch: int = 5
 
 
 def reconstruction_picture(model, data: training.ImageData, device, count: int = 8) -> Image.Image:
-    """A row an image, classes in turn: original, the preview after each step, reconstruction."""
-    kinds = [np.flatnonzero(data.labels == i * len(data.class_names) // count) for i in range(count)]
-    images = load_crops(data, [kind[i * len(kind) // count] for i, kind in enumerate(kinds)]).to(device)
+    """A row an image, class by class: original, the preview after each step, reconstruction."""
+    count, by_class = min(count, len(data)), np.argsort(data.labels, kind="stable")
+    images = load_crops(data, (by_class[i * len(data) // count] for i in range(count))).to(device)
     codes, noise = model.encode(images), dar.initial_noise(list(range(count)), data.size, device)
     columns = [images, *model.previews(codes, noise), model.decode(codes, noise)]
     return dar.tile(torch.stack(columns, 1).flatten(0, 1), len(columns))

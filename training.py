@@ -49,10 +49,10 @@ def draw_shape(index: int, size: int) -> Image.Image:
     rng, scale = np.random.default_rng(index), 4 * size  # drawn large and averaged down: smooth edges
     colour, radius = COLOURS[rng.integers(len(COLOURS))], scale * rng.uniform(0.32, 0.47)
     corners, inner, turn = list(SHAPES.values())[index % len(SHAPES)]
-    i = np.arange(corners)
+    i, middle = np.arange(corners), scale / 2
     spokes = radius * np.where(i % 2, inner, 1) * np.exp(2j * math.pi * (turn + i / corners))
     image = Image.new("RGB", (scale, scale), "white")
-    ImageDraw.Draw(image).polygon([(scale / 2 + p.real, scale / 2 + p.imag) for p in spokes], fill=colour)
+    ImageDraw.Draw(image).polygon([(middle + p.real, middle + p.imag) for p in spokes], fill=colour)
     return image.resize((size, size), Image.BOX)
 
 
