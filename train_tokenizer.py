@@ -1,6 +1,6 @@
 """Trains the sequential diffusion tokenizer (sections 3.1, 4 and 5 of the paper).
 
-From nothing:      python train_tokenizer.py --data shapes --out runs/tokenizer
+From nothing:      python train_tokenizer.py --preset shapes --data shapes --out runs/shapes
 A folder a class:  python train_tokenizer.py --data cifar10/train --val cifar10/test --out runs/tokenizer
 The paper's:       torchrun --nproc_per_node=8 train_tokenizer.py --preset v1 --data imagenet/train --out runs/v1
 On two nodes:      the same on each, with --nnodes=2 --rdzv_backend=c10d --rdzv_id=v1 --rdzv_endpoint=FIRST_NODE:29500
@@ -24,7 +24,7 @@ import dar
 import training
 from training import option
 
-# "v1" and "lite" are the paper's (section 5, appendix III); "tiny" and "cifar10" are ours, found by trials (README).
+# "v1" and "lite" are the paper's (section 5, appendix III); the others are ours, found by trials (README).
 # lpips and repa are the weights of these losses in eq. 7.
 PAPER = dict(lr=2e-4, warmup=5000, codebook_warmup=0, times=1, decay=0.0, lpips=0.5, repa=0.5)
 OURS = dict(batch=32, lr=1.5e-3, warmup=100, codebook_warmup=200, times=2, decay=0.5, lpips=0.0, repa=0.0)

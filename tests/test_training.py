@@ -92,6 +92,11 @@ def test_the_first_seconds_of_the_shapes_recipe_are_seen_to_learn(tmp_path):
     run(*words, cwd=tmp_path)
     assert (tmp_path / "samples.png").exists()
 
+    judged = run("experiments/judge.py", "tokenizer-ar/last.pt", "--num", "20", cwd=tmp_path).stdout.splitlines()
+    shares = {line[:24].strip(): [float(word.rstrip("%")) for word in line[24:].split()[:2]] for line in judged[1:-1]}
+    assert [*shares] == ["originals", "reconstructions", "samples, no guidance", "samples, guidance 4"]
+    assert shares["originals"] == [100, 100] and shares["samples, guidance 4"][0] == 0  # noise is of no shape
+
 
 def test_checkpoints_are_kept_at_every_so_many_steps(work):
     steps = {path.name: dar.read_checkpoint(path)["training"]["step"] for path in (work / "tokenizer").glob("*.pt")}
