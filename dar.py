@@ -1220,10 +1220,13 @@ LITE = dict(encoder_width=512, decoder_width=512, diffusion_width=512, diffusion
 TINY = dict(image_size=32, encoder_patch=4, diffusion_patch=4, num_tokens=64, codebook_size=1024, repa_layer=None)
 TINY |= dict(encoder_width=128, decoder_width=128, diffusion_width=128, init_std=0.08)
 TINY |= dict(encoder_layers=4, decoder_layers=4, diffusion_layers=6)
+SHAPES = dict(image_size=16, num_tokens=16, num_groups=4, codebook_size=64, time_shift=4.0, init_std=0.125)
+SHAPES |= dict(encoder_width=64, decoder_width=64, diffusion_width=64, encoder_layers=2, diffusion_layers=2)
 TOKENIZER_PRESETS = {
     "v1": TokenizerConfig(),  # 307M parameters; 1.52 rFID in Table 2
     "lite": TokenizerConfig(**LITE),  # 113M, of the ablations in appendix III
     "tiny": TokenizerConfig(**TINY),  # 32x32 pixels, 4M, trains on two CPU cores
+    "shapes": TokenizerConfig(**TINY | SHAPES, data_scale=1.0),  # 16x16, 0.6M, for a first training
     "cifar10": TokenizerConfig(**TINY, time_shift=4.0),  # of the shipped model
 }
 AR_PRESETS = {
@@ -1231,6 +1234,7 @@ AR_PRESETS = {
     "L": ARConfig(1024, 24),  # 343M, D-AR-L
     "XL": ARConfig(1280, 36),  # 775M, D-AR-XL: 2.09 FID in Table 3
     "tiny": ARConfig(192, 6, vocab_size=1024, num_classes=10, num_tokens=64),  # for the "tiny" tokenizer
+    "shapes": ARConfig(128, 3, vocab_size=64, num_classes=4, num_tokens=16),  # for the "shapes" tokenizer
     "cifar10": ARConfig(256, 5, vocab_size=1024, num_classes=10, num_tokens=64),  # of the shipped model
 }
 

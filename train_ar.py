@@ -1,6 +1,6 @@
 """Trains the Llama on a tokenizer's codes (sections 3.2, 4 and 5 of the paper).
 
-From nothing:      python train_ar.py --data shapes --tokenizer runs/tokenizer/last.pt --out runs/ar
+From nothing:      python train_ar.py --preset shapes --data shapes --tokenizer runs/shapes/last.pt --out runs/shapes-ar
 A folder a class:  python train_ar.py --data cifar10/train --tokenizer runs/tokenizer/last.pt --out runs/ar
 The paper's:       torchrun --nproc_per_node=8 train_ar.py --preset XL --data imagenet/train \\
                        --tokenizer D-AR-tokenizer_v1.pt --out runs/xl
@@ -29,9 +29,10 @@ import training
 from training import option
 
 # "B", "L" and "XL" follow section 5: batch 1024, 300 epochs, 4e-4 falling to 1e-5 over the last 50. The others are
-# ours: so short that they see each image twice, they do without dropout.
+# ours: so short that they see each image twice (eight times in "shapes"), they do without dropout.
 RECIPES = {name: dict(batch=1024, epochs=300, lr=4e-4, warmup=0, dropout=0.1) for name in ("B", "L", "XL")}
 RECIPES["tiny"] = RECIPES["cifar10"] = dict(batch=64, epochs=2, lr=2e-3, warmup=50, dropout=0.0)
+RECIPES["shapes"] = dict(batch=64, epochs=8, lr=1e-3, warmup=50, dropout=0.0)
 CHUNK = 256  # images that are tokenized before they count as done
 HELD_OUT = 10_000  # images that are measured, at most
 
@@ -265,12 +266,13 @@ def main() -> int:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=device.type != "mps")
     settings = {f"model {k}": v for k, v in dataclasses.asdict(model.config).items()}
     settings |= {"data": data.digest, "tokenizer": digest, "class_dropout": args.class_dropout}
     columns = ["val_loss", "val_shuffled", "unigram", "unigram_by_position"]
     columns += [f"val_group_{k}" for k in range(t.num_groups)]
-    run = training.TrainingRun(args, processes, model, ema, optimizer, settings, [], columns)
+    following = f"sample.py --ckpt {args.out}/last.pt"
+    run = training.TrainingRun(args, processes, model, ema, optimizer, settings, [], columns, following)
 
     # What cannot work has been refused by now: tokenizing may take hours.
     if args.on_the_fly:

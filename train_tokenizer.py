@@ -1,6 +1,6 @@
 """Trains the sequential diffusion tokenizer (sections 3.1, 4 and 5 of the paper).
 
-From nothing:      python train_tokenizer.py --data shapes --out runs/tokenizer
+From nothing:      python train_tokenizer.py --preset shapes --data shapes --out runs/shapes
 A folder a class:  python train_tokenizer.py --data cifar10/train --val cifar10/test --out runs/tokenizer
 The paper's:       torchrun --nproc_per_node=8 train_tokenizer.py --preset v1 --data imagenet/train --out runs/v1
 On two nodes:      the same on each, with --nnodes=2 --rdzv_backend=c10d --rdzv_id=v1 --rdzv_endpoint=FIRST_NODE:29500
@@ -24,7 +24,7 @@ import dar
 import training
 from training import option
 
-# "v1" and "lite" are the paper's (section 5, appendix III); "tiny" and "cifar10" are ours, found by trials (README).
+# "v1" and "lite" are the paper's (section 5, appendix III); the others are ours, found by trials (README).
 # lpips and repa are the weights of these losses in eq. 7.
 PAPER = dict(lr=2e-4, warmup=5000, codebook_warmup=0, times=1, decay=0.0, lpips=0.5, repa=0.5)
 OURS = dict(batch=32, lr=1.5e-3, warmup=100, codebook_warmup=200, times=2, decay=0.5, lpips=0.0, repa=0.0)
@@ -33,6 +33,7 @@ RECIPES = {
     "lite": PAPER | dict(batch=256, steps=50_000),
     "tiny": OURS | dict(steps=2800),
     "cifar10": OURS | dict(steps=5000),
+    "shapes": OURS | dict(steps=2000, lr=4e-3, warmup=50, codebook_warmup=150, times=4, decay=0.9),
 }
 WARMUP_NOISE = 0.18  # a standard deviation: about 0.5 in 8 dimensions, how far 1024 spread codes are from a feature
 
@@ -74,7 +75,6 @@ def build_config(args: Arguments) -> dar.TokenizerConfig:
     return config
 
 
-# Everything random about a sample follows from the training's seed and the sample's number (its position).
 def random_crop(image, rng: np.random.Generator, size: int, flip: bool):
     """ADM's augmentation: short side to 1-1.25 x size, a random square, a random mirror; images that have the wanted
     size, and small ones (CIFAR-10), are only mirrored."""
@@ -286,9 +286,9 @@ def held_out(model, data: training.ImageData, count: int, device, batch: int = 5
 
 
 def reconstruction_picture(model, data: training.ImageData, device, count: int = 8) -> Image.Image:
-    """A row an image: original, the preview after each step, reconstruction."""
-    count = min(count, len(data))
-    images = load_crops(data, (i * len(data) // count for i in range(count))).to(device)
+    """A row an image, class by class: original, the preview after each step, reconstruction."""
+    count, by_class = min(count, len(data)), np.argsort(data.labels, kind="stable")
+    images = load_crops(data, (by_class[i * len(data) // count] for i in range(count))).to(device)
     codes, noise = model.encode(images), dar.initial_noise(list(range(count)), data.size, device)
     columns = [images, *model.previews(codes, noise), model.decode(codes, noise)]
     return dar.tile(torch.stack(columns, 1).flatten(0, 1), len(columns))
@@ -350,13 +350,15 @@ def main() -> int:
 
     model = build_model(args, config).to(device)
     ema, trained = training.EMA(model), [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, args.lr, (0.9, 0.95), fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(trained, args.lr, (0.9, 0.95), fused=device.type != "mps")
     settings = {f"model {k}": v for k, v in dataclasses.asdict(config).items()}
     same = "times", "no_flip", "lpips", "repa", "lpips_net", "codebook_warmup", "init"
     settings |= {"data": data.digest} | {name: getattr(args, name) for name in same}
     terms = ["fm", "vq", "commit"] + ["lpips"] * (lpips is not None) + ["repa"] * (dinov2 is not None)
     columns, use = ["code_use", "constant_positions", "val_psnr", "val_code_use"], CodeUse(config, processes)
-    run = training.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns)
+    llama = f"--preset {args.preset if args.preset in dar.AR_PRESETS else 'XL'} --data {args.data}"
+    following = f"train_ar.py {llama} --tokenizer {args.out}/last.pt --out {args.out}-ar"
+    run = training.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns, following)
 
     def losses(chunk) -> dict[str, Tensor]:
         """Eq. 7 for a micro-batch. Its terms are means over the global batch once they are summed over micro-batches
@@ -370,8 +372,7 @@ def main() -> int:
             code_noise = WARMUP_NOISE * sample_noise(args.seed + 1, positions, code_shape, device)
         out = run.parallel(images, s, noise, code_noise)
         use.add(out["codes"])
-        target = dinov2(images) if dinov2 else None
-        found = dar.tokenizer_loss(out, images, lpips, args.lpips, target, args.repa)
+        found = dar.tokenizer_loss(out, images, lpips, args.lpips, dinov2 and dinov2(images), args.repa)
         share, part = len(images) / run.share, out["kept"] * processes.world / kept
         return {name: loss * (part if name in ("vq", "commit") else share) for name, loss in found.items()}
 

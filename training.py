@@ -9,8 +9,7 @@ A training of several days is stopped and started many times, and each start goe
 no stop. For that, a checkpoint must hold all that decides the next steps: the weights, their average, the optimizer's
 moments, the loss scale, the step's number, and the sums for the log's next row. It need not hold the state of any
 random generator, because none outlives a step: which image sample p is, its crop, time and noise come from new
-generators seeded with p, and the Llama's dropout from one seeded with the step's number. So step 1000 draws the same
-numbers before and after a kill, and the same numbers added in the same order give the same bits.
+generators seeded with p, and the Llama's dropout from one seeded with the step's number.
 """
 
 import argparse
@@ -37,22 +36,23 @@ from tqdm import tqdm
 import dar
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT  # a scheduler's, and Ctrl-C
+SPINNING = "beside a busy program OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE helps: threads that wait take its time"
 
-# Data. Polygons to draw: how many corners, and the radius of every second corner.
-SHAPES = {"circle": (48, 1.0), "triangle": (3, 1.0), "square": (4, 1.0), "star": (10, 0.45), "gear": (24, 0.75)}
+# Data. Polygons to draw: how many corners, the radius of every second one, and where the first is.
+SHAPES = {"circle": (48, 1.0, 0.0), "triangle": (3, 1.0, 0.75), "square": (4, 1.0, 0.125), "star": (10, 0.45, 0.75)}
+COLOURS = "red", "orange", "limegreen", "deepskyblue", "blue", "purple", "black", "deeppink"
 
 
 def draw_shape(index: int, size: int) -> Image.Image:
-    """The index-th picture of the procedural dataset: a coloured shape on a coloured ground, classes in turn."""
+    """The index-th picture of the procedural dataset, classes in turn: a shape in one of eight colours, of any size, in
+    the middle of a white ground. More colours, places and angles are too much for a first training of minutes."""
     rng, scale = np.random.default_rng(index), 4 * size  # drawn large and averaged down: smooth edges
-    ground, colour = (tuple(rng.integers(0, 256, 3).tolist()) for _ in range(2))
-    radius, turn = scale * rng.uniform(0.2, 0.4), rng.uniform(0, 2 * math.pi)
-    x, y = rng.uniform(radius, scale - radius, 2)
-    corners, inner = list(SHAPES.values())[index % len(SHAPES)]
-    i = np.arange(corners)
-    spokes = radius * np.where(i % 2, inner, 1) * np.exp(1j * (turn + 2 * math.pi * i / corners))
-    image = Image.new("RGB", (scale, scale), ground)
-    ImageDraw.Draw(image).polygon([(x + p.real, y + p.imag) for p in spokes], fill=colour)
+    colour, radius = COLOURS[rng.integers(len(COLOURS))], scale * rng.uniform(0.32, 0.47)
+    corners, inner, turn = list(SHAPES.values())[index % len(SHAPES)]
+    i, middle = np.arange(corners), scale / 2
+    spokes = radius * np.where(i % 2, inner, 1) * np.exp(2j * math.pi * (turn + i / corners))
+    image = Image.new("RGB", (scale, scale), "white")
+    ImageDraw.Draw(image).polygon([(middle + p.real, middle + p.imag) for p in spokes], fill=colour)
     return image.resize((size, size), Image.BOX)
 
 
@@ -95,12 +95,11 @@ class ImageData:
 
     def refuse_if_corrupt(self, unreadable: int, read: int) -> None:
         """Raises ValueError if over 1% of the images were unreadable: that is no accident any more."""
-        limit = 0.01 * max(read, len(self))
-        dar.require(unreadable <= limit, f"{self.source}: {unreadable} unreadable images, over 1%")
+        message = f"{self.source}: {unreadable} unreadable images, over 1%"
+        dar.require(unreadable <= 0.01 * max(read, len(self)), message)
 
 
-# Step n of batch size B takes the samples number nB ... nB + B - 1. All that is random about a sample follows from its
-# number and the training's seed, so that neither a stop nor the number of processes changes it.
+# Step n of batch size B takes the samples number nB ... nB + B - 1, whatever the number of processes.
 @lru_cache(maxsize=2)
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
@@ -136,9 +135,6 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """For processes that decode images: only the training itself answers a Ctrl-C."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-# Averaged weights and the loss scale
 
 
 class EMA:
@@ -230,20 +226,17 @@ def check_arguments(args: Arguments, recipe: dict) -> None:
         dar.require(fits, f"{name} {value}: expected {least} ... {most}")
 
 
-# The run
-
-
 class TrainingRun:
     """A training and its folder --out: last.pt, previous.pt (the checkpoint before it), log.csv and pictures.
     settings: {what: value} that must not change from one start to the next; every other argument may, and is obeyed.
-    terms: names of the loss terms. columns: more of log.csv. Raises ValueError if the processes cannot share the batch,
-    or if another run is in the folder, naming what differs."""
+    terms: of the loss. columns: more of log.csv. next: the command for afterwards. Raises ValueError if the processes
+    cannot share the batch, or if another run is in the folder, naming what differs."""
 
     COUNTED = "step", "unreadable", "sums", "log_length"
 
-    def __init__(self, args, processes: dar.Processes, model, ema, optimizer, settings, terms, columns=()):
+    def __init__(self, args, processes: dar.Processes, model, ema, optimizer, settings, terms, columns=(), next=""):
         dar.keep_freed_memory()
-        self.args, self.processes, self.folder = args, processes, Path(args.out)
+        self.args, self.processes, self.folder, self.next = args, processes, Path(args.out), next
         self.model, self.ema, self.optimizer = model, ema, optimizer
         self.settings = {"seed": args.seed, "batch": args.batch, "ema": ema is not None} | settings
         self.share = max(1, args.batch // processes.world)  # images that one process takes in a step
@@ -256,6 +249,8 @@ class TrainingRun:
         self.scaler = LossScaler(self.dtype == torch.float16)
         self.step = self.unreadable = self.newly_unreadable = self.log_length = 0
         self.received = self.signal = 0  # a signal to this process; one for which all stop
+        threads = torch.get_num_threads() if processes.device.type == "cpu" else 1
+        self.fastest = math.inf if threads > 1 else 0.0  # step, in seconds; 0: one thread spins beside no other
         self.means = ["loss", *terms, "grad_norm"]  # columns of log.csv
         self.sums = torch.zeros(len(self.means) + 1, dtype=torch.float64)  # since the last row; and the number of steps
         self.columns = ["step", *self.means, *"lr images_per_s memory_mb unreadable skipped".split(), *columns]
@@ -329,12 +324,13 @@ class TrainingRun:
         loader = iter(torch.utils.data.DataLoader(samples, batch_sampler=self.positions(), **options))
         with tqdm(total=args.steps, initial=self.step, disable=not first, unit="step") as self.bar:
             while self.step < args.steps and not self.signal:
-                chunks = []
+                chunks, began = [], time.perf_counter()
                 for _ in range(self.share // self.micro):
                     images, labels, positions, corrupt = next(loader)
                     chunks.append((images.to(device, non_blocking=True), labels.to(device), positions))
                     self.newly_unreadable += int(corrupt.sum())
                 yield self.step, chunks
+                self.fastest = min(self.fastest, time.perf_counter() - began)
                 self.step += 1
                 self.bar.update()
                 if first and (self.step % args.save_every == 0 or self.step == args.steps or self.signal):
@@ -342,6 +338,8 @@ class TrainingRun:
         self.processes.barrier()  # nobody leaves while the first process may still be saving
         if self.signal and first:
             print(f"stopped after step {self.step}, saved; the same command goes on", file=sys.stderr)
+        elif first:
+            print(f"done; pictures: {self.folder / 'step-*.png'}; next: python {self.next}", file=sys.stderr)
 
     def remember_signal(self, number: int, frame) -> None:
         # A second Ctrl-C does not wait for the step to end; but torchrun sends every one twice.
@@ -369,9 +367,13 @@ class TrainingRun:
         row = dict(zip(self.means, (self.sums[:-1] / self.sums[-1]).tolist()))
         row |= {"step": done, "unreadable": self.unreadable, "skipped": self.scaler.skipped}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
-        row["images_per_s"] = self.args.batch * (done - before) / (time.time() - since)
+        seconds = (time.time() - since) / (done - before)
+        row["images_per_s"] = self.args.batch / seconds
         if self.processes.device.type == "cuda":
             row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        if done - before >= 10 and 0 < 3 * self.fastest < seconds:
+            print(f"warning: {seconds:.2g} s a step, the fastest took {self.fastest:.2g}; {SPINNING}", file=sys.stderr)
+            self.fastest = 0.0  # said once
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
         return row
 
@@ -385,8 +387,7 @@ class TrainingRun:
         self.clock = self.step + 1, time.time()  # pictures and measurements do not count as training
 
     def cut_log(self) -> None:
-        """log.csv gets back its length at the checkpoint: what was logged since will happen again. Nothing in it is
-        read, so neither a torn line nor the changes of a spreadsheet program can stop a run."""
+        """log.csv gets back its length at the checkpoint: what was logged since will happen again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.csv", "ab") as file:
             if file.truncate(min(self.log_length, file.tell())) == 0:
@@ -426,5 +427,4 @@ class TrainingRun:
             self.scaler = LossScaler(**training["scaler"] | {"enabled": self.scaler.enabled})
             vars(self).update({name: training[name] for name in self.COUNTED})
             return
-        if damaged:
-            raise ValueError(f"{'; '.join(damaged)}; --resume never starts anew")
+        dar.require(not damaged, f"{'; '.join(damaged)}; --resume never starts anew")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 import pickle
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from command_lines import log, losses
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import nn
 
 import dar
@@ -29,6 +30,44 @@ def test_shapes_depend_on_their_index_alone():
     assert np.array_equal(first.image(11), again.image(11)) and not np.array_equal(first.image(11), again.image(16))
     assert not np.array_equal(first.image(11), training.ImageData("shapes", 32, held_out=True).image(11))
     assert first.class_names == list(training.SHAPES) and set(first.labels) == set(range(len(training.SHAPES)))
+
+
+def test_shapes_are_upright_centred_of_eight_colours_on_white():
+    seen = set()
+    for i in range(200):
+        name, pixels = list(training.SHAPES)[i % len(training.SHAPES)], np.array(training.draw_shape(i, 32))
+        inside = (pixels != 255).any(-1)
+        columns = np.flatnonzero(inside.any(0))
+        assert not inside[[0, 0, -1, -1], [0, -1, 0, -1]].any() and abs(columns[0] + columns[-1] - 31) <= 1
+        colour = tuple(pixels[16, 16].tolist())
+        seen.add((name, colour))
+        top = np.flatnonzero(inside[inside.any(1)][0])  # a corner points up, or it is much the same upside down
+        pointed = len(top) <= 4 and abs(top.mean() - 15.5) <= 1
+        assert pointed if name in ("triangle", "star") else (inside != inside[::-1]).sum() < 10, name
+    palette = {ImageColor.getrgb(colour) for colour in training.COLOURS}
+    assert len(palette) == 8 and seen == set(itertools.product(training.SHAPES, palette))
+
+
+def test_each_shape_covers_its_share_of_the_square_around_it():
+    full = {name: [] for name in training.SHAPES}  # shares of the square around the shape that it covers
+    for i in range(80):
+        inside = (np.array(training.draw_shape(i, 64)) != 255).any(-1)
+        sides = np.ptp(np.flatnonzero(inside.any(0))) + 1, np.ptp(np.flatnonzero(inside.any(1))) + 1
+        full[list(training.SHAPES)[i % 4]].append(inside.sum() / np.prod(sides))
+    expected = {"circle": np.pi / 4, "triangle": 0.5, "square": 1.0, "star": 0.4}
+    for name, shares in full.items():
+        assert np.allclose(shares, expected[name], atol=0.06), name
+
+
+@pytest.mark.parametrize("classes, members", [(4, 250), (3, 5), (10, 3), (1, 9), (8, 1), (2, 1)])
+def test_the_reconstruction_picture_shows_every_class(classes, members, small_tokenizer, monkeypatch):
+    data, shown = training.ImageData("shapes", 32), []
+    data.labels = np.arange(classes * members) % classes  # classes in turn, as in "shapes"
+    load_crops = train_tokenizer.load_crops
+    monkeypatch.setattr(train_tokenizer, "load_crops", lambda d, i: load_crops(d, shown.extend(i) or shown))
+    picture = train_tokenizer.reconstruction_picture(small_tokenizer, data, torch.device("cpu"))
+    assert len(set(shown)) == len(shown) == min(8, len(data)) and picture.height == 34 * len(shown) + 2
+    assert len(set(data.labels[shown])) == min(8, classes)
 
 
 def draw(folder: Path, *names: str) -> None:
@@ -404,6 +443,50 @@ def test_a_picture_is_no_part_of_the_images_per_second(tmp_path, restore_signals
         now[0] += 100  # the picture
         run.log(row)
     assert [float(row["images_per_s"]) for row in log(tmp_path)] == [4, 4]
+
+
+def timed_run(folder, monkeypatch, step_lengths, **changes) -> None:
+    """A run whose steps seem to take so many seconds."""
+    now = [0.0]
+    monkeypatch.setattr(training.time, "time", lambda: now[0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+    run = small_run(folder, steps=len(step_lengths), **changes)
+    for _, seconds in zip(run.steps(SAMPLES), [*step_lengths, 0]):
+        run.optimise(lambda _: {"loss": run.model.output.weight.square().mean()}, [0], 0.1)
+        now[0] += seconds
+        row = run.row()
+        if row is not None:
+            run.log(row)
+
+
+SLOWED = {  # threads, seconds of 60 steps, warnings
+    "another program begins": (2, [1] * 20 + [5] * 40, 1),
+    "another program was there first": (2, [5] * 7 + [1] + [5] * 52, 1),
+    "one thread": (1, [1] * 20 + [5] * 40, 0),
+    "a slow step": (2, [1] * 20 + [15] + [1] * 39, 0),
+    "as fast as ever": (2, [1] * 60, 0),
+}
+
+
+@pytest.mark.parametrize("case", SLOWED)
+def test_steps_far_slower_than_the_fastest_are_noticed_once(case, tmp_path, restore_signals, monkeypatch, capsys):
+    threads, seconds, warnings = SLOWED[case]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    timed_run(tmp_path, monkeypatch, seconds, log_every=10)
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == warnings
+    for line in said:
+        assert " s a step, the fastest took 1; " in line and "OMP_NUM_THREADS=1" in line and "PASSIVE" in line
+
+
+def test_the_last_line_says_where_the_pictures_are_and_what_is_next(tmp_path, restore_signals, capsys):
+    run = small_run(tmp_path)
+    run.next = "sample.py --ckpt x/last.pt"
+    take_steps(run, until=3)
+    assert "next:" not in capsys.readouterr().err
+    take_steps(run)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"done; pictures: {tmp_path / 'step-*.png'}; next: python sample.py --ckpt x/last.pt"
 
 
 def test_too_many_corrupt_files_stop_a_run(tmp_path, restore_signals):

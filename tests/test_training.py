@@ -62,6 +62,31 @@ def test_tokenizer_training_logs_draws_and_saves(work):
     assert tokenizer.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
 
 
+def test_the_first_seconds_of_the_shapes_recipe_are_seen_to_learn(tmp_path):
+    shapes = "--preset shapes --data shapes --val shapes --device cpu --log-every 20 --picture-every 20".split()
+    done = run("train_tokenizer.py", *shapes, *"--steps 80 --codebook-warmup 40 --out tokenizer".split(), cwd=tmp_path)
+    rows = log(tmp_path / "tokenizer")
+    fm = [float(row["fm"]) for row in rows]
+    assert len(fm) == 4 and fm == sorted(fm, reverse=True) and fm[-1] < 0.7 * fm[0] and float(rows[-1]["val_psnr"]) > 0
+    pictures = [np.array(Image.open(tmp_path / "tokenizer" / f"step-{step}.png")) for step in (20, 40, 60, 80)]
+    assert all(a.shape == b.shape and (a != b).any() for a, b in zip(pictures, pictures[1:]))
+    following = done.stderr.splitlines()[-1].split("; ")
+    assert following[1].endswith("step-*.png") and following[2].startswith("next: python train_ar.py --preset shapes ")
+
+    words = following[2].split()[2:]  # the next command, as it is said
+    done = run(*words, *"--device cpu --steps 40 --log-every 20 --picture-every 20".split(), cwd=tmp_path)
+    first, last = (float(row["loss"]) for row in log(tmp_path / "tokenizer-ar"))
+    assert last < 0.7 * first and Image.open(tmp_path / "tokenizer-ar" / "step-40.png").size == (4 * 18 + 2,) * 2
+    words = done.stderr.splitlines()[-1].split("; ")[2].split()[2:]
+    run(*words, cwd=tmp_path)
+    assert (tmp_path / "samples.png").exists()
+
+    judged = run("experiments/judge.py", "tokenizer-ar/last.pt", "--num", "20", cwd=tmp_path).stdout.splitlines()
+    shares = {line[:24].strip(): [float(word.rstrip("%")) for word in line[24:].split()[:2]] for line in judged[1:-1]}
+    assert [*shares] == ["originals", "reconstructions", "samples, no guidance", "samples, guidance 4"]
+    assert shares["originals"] == [100, 100] and shares["samples, guidance 4"][0] == 0  # noise is of no shape
+
+
 def test_checkpoints_are_kept_at_every_so_many_steps(work):
     steps = {path.name: dar.read_checkpoint(path)["training"]["step"] for path in (work / "tokenizer").glob("*.pt")}
     assert steps == {"last.pt": 4, "previous.pt": 3, "step-2.pt": 2, "step-4.pt": 4}
