@@ -371,7 +371,7 @@ class TrainingRun:
         row["images_per_s"] = self.args.batch / seconds
         if self.processes.device.type == "cuda":
             row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        if done - before >= 10 and 0 < 3 * self.fastest < seconds:
+        if done - before >= 10 and 0 < 2 * self.fastest < seconds:
             print(f"warning: {seconds:.2g} s a step, the fastest took {self.fastest:.2g}; {SPINNING}", file=sys.stderr)
             self.fastest = 0.0  # said once
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
