@@ -87,7 +87,7 @@ def test_the_first_seconds_of_the_shapes_recipe_are_seen_to_learn(tmp_path):
     words = following[2].split()[2:]  # the next command, as it is said
     done = run(*words, *"--device cpu --steps 40 --log-every 20 --picture-every 20".split(), cwd=tmp_path)
     first, last = (float(row["loss"]) for row in log(tmp_path / "tokenizer-ar"))
-    assert last < 0.7 * first and Image.open(tmp_path / "tokenizer-ar" / "step-40.png").size == (4 * 18 + 2,) * 2
+    assert last < 0.85 * first and Image.open(tmp_path / "tokenizer-ar" / "step-40.png").size == (4 * 18 + 2,) * 2
     words = done.stderr.splitlines()[-1].split("; ")[2].split()[2:]
     run(*words, cwd=tmp_path)
     assert (tmp_path / "samples.png").exists()
