@@ -59,7 +59,7 @@ def test_each_shape_covers_its_share_of_the_square_around_it():
         assert np.allclose(shares, expected[name], atol=0.06), name
 
 
-@pytest.mark.parametrize("classes, members", [(4, 250), (3, 5), (10, 3), (1, 9), (8, 1), (2, 1)])
+@pytest.mark.parametrize("classes, members", [(4, 250), (4, 2500), (3, 5), (10, 3), (1, 9), (8, 1), (2, 1)])
 def test_the_reconstruction_picture_shows_every_class(classes, members, small_tokenizer, monkeypatch):
     data, shown = training.ImageData("shapes", 32), []
     data.labels = np.arange(classes * members) % classes  # classes in turn, as in "shapes"
