@@ -5,11 +5,11 @@
     Arguments        the command line that both trainings have
     TrainingRun      the optimisation step, the loop, the log, saving and resuming
 
-A training of several days is stopped and started many times, and each start goes on bit for bit as if there had been
-no stop. For that, a checkpoint must hold all that decides the next steps: the weights, their average, the optimizer's
-moments, the loss scale, the step's number, and the sums for the log's next row. It need not hold the state of any
-random generator, because none outlives a step: which image sample p is, its crop, time and noise come from new
-generators seeded with p, and the Llama's dropout from one seeded with the step's number.
+A training of several days is stopped and started many times, and goes on bit for bit as if there had been no stop. So
+a checkpoint holds all that decides the next steps: the weights, their average, the optimizer's moments, the loss scale,
+the step's number, and the sums for the log's next row. It holds no random generator's state, because none outlives a
+step: which image sample p is, its crop, time and noise come from new generators seeded with p, and the Llama's dropout
+from one seeded with the step's number. The same numbers added in the same order give the same bits.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from tqdm import tqdm
 import dar
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT  # a scheduler's, and Ctrl-C
-SPINNING = "beside a busy program OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE helps: threads that wait take its time"
 
 # Data. Polygons to draw: how many corners, the radius of every second one, and where the first is.
 SHAPES = {"circle": (48, 1.0, 0.0), "triangle": (3, 1.0, 0.75), "square": (4, 1.0, 0.125), "star": (10, 0.45, 0.75)}
@@ -169,9 +168,6 @@ class LossScaler:
             self.scale *= 2 if self.good % 2000 == 0 else 1
 
 
-# The command line, as a dataclass
-
-
 def option(help: str, default=None, least=-math.inf, most=10**9, required=False, **words):
     """A field of a dataclass of arguments. least, most: the range of a number. words: what argparse is told."""
     more = dict(least=least, most=most, required=required, words=words | {"help": help})
@@ -249,8 +245,7 @@ class TrainingRun:
         self.scaler = LossScaler(self.dtype == torch.float16)
         self.step = self.unreadable = self.newly_unreadable = self.log_length = 0
         self.received = self.signal = 0  # a signal to this process; one for which all stop
-        threads = torch.get_num_threads() if processes.device.type == "cpu" else 1
-        self.fastest = math.inf if threads > 1 else 0.0  # step, in seconds; 0: one thread spins beside no other
+        self.fastest, self.slow = math.inf, 0  # seconds of the fastest step; how many more steps were slow than not
         self.means = ["loss", *terms, "grad_norm"]  # columns of log.csv
         self.sums = torch.zeros(len(self.means) + 1, dtype=torch.float64)  # since the last row; and the number of steps
         self.columns = ["step", *self.means, *"lr images_per_s memory_mb unreadable skipped".split(), *columns]
@@ -330,7 +325,7 @@ class TrainingRun:
                     chunks.append((images.to(device, non_blocking=True), labels.to(device), positions))
                     self.newly_unreadable += int(corrupt.sum())
                 yield self.step, chunks
-                self.fastest = min(self.fastest, time.perf_counter() - began)
+                self.notice_slowness(time.perf_counter() - began)
                 self.step += 1
                 self.bar.update()
                 if first and (self.step % args.save_every == 0 or self.step == args.steps or self.signal):
@@ -340,6 +335,15 @@ class TrainingRun:
             print(f"stopped after step {self.step}, saved; the same command goes on", file=sys.stderr)
         elif first:
             print(f"done; pictures: {self.folder / 'step-*.png'}; next: python {self.next}", file=sys.stderr)
+
+    def notice_slowness(self, seconds: float) -> None:
+        """Says once that steps have become slow, if a CPU's threads may be why: they spin while they wait."""
+        self.fastest = min(self.fastest, seconds)
+        self.slow = max(0, self.slow + (1 if seconds > 2 * self.fastest else -1))
+        if self.slow == 10 and self.processes.device.type == "cpu" and torch.get_num_threads() > 1:
+            advice = "if another program is busy here, OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE helps"
+            print(f"warning: {seconds:.2g} s a step, the fastest took {self.fastest:.2g}; {advice}", file=sys.stderr)
+            self.fastest = 0.0  # said once: from now on all steps are slow
 
     def remember_signal(self, number: int, frame) -> None:
         # A second Ctrl-C does not wait for the step to end; but torchrun sends every one twice.
@@ -367,13 +371,9 @@ class TrainingRun:
         row = dict(zip(self.means, (self.sums[:-1] / self.sums[-1]).tolist()))
         row |= {"step": done, "unreadable": self.unreadable, "skipped": self.scaler.skipped}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
-        seconds = (time.time() - since) / (done - before)
-        row["images_per_s"] = self.args.batch / seconds
+        row["images_per_s"] = self.args.batch * (done - before) / (time.time() - since)
         if self.processes.device.type == "cuda":
             row["memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        if done - before >= 10 and 0 < 2 * self.fastest < seconds:
-            print(f"warning: {seconds:.2g} s a step, the fastest took {self.fastest:.2g}; {SPINNING}", file=sys.stderr)
-            self.fastest = 0.0  # said once
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
         return row
 

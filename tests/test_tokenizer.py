@@ -113,7 +113,7 @@ def test_parameter_counts_of_the_paper(preset, total, repa_head):
 
 def test_presets_for_training_from_scratch_follow_eq5():
     for name, config in dar.TOKENIZER_PRESETS.items():
-        assert config.group_rule == "ceil" and config.time_shift == (4 if name == "cifar10" else 2)
+        assert config.group_rule == "ceil" and config.time_shift == (4 if name in ("cifar10", "shapes") else 2)
 
 
 def test_tiny_is_small():
