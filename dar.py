@@ -563,7 +563,8 @@ class SequentialDiffusionTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> tokens, int64 [B, N]. Raises ValueError if patches do not divide H and W."""
+        """float [B, 3, H, W] in [-1, 1] (decode() may overshoot) -> tokens, int64 [B, N]. Raises ValueError."""
+        check_pixels(images, "images", self.config.encoder_patch, most=2)
         return self.quantize.nearest_code(self.encoder(images))
 
     def condition(self, codes: Tensor) -> Tensor:
@@ -1047,8 +1048,7 @@ def load_tokenizer(path, device="cpu", dtype=None, data: dict | None = None) -> 
 
 
 def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens: int | None = None) -> ARTransformer:
-    """A Llama, likewise, with the tokenizer given or the file's. N of a released file is the tokenizer's, else
-    num_tokens, else 256."""
+    """A Llama, likewise. tokenizer: instead of the file's. num_tokens: N, where no file tells it (default: 256)."""
     data = read_checkpoint(path)
     with about(path):
         if tokenizer is None and "format" in data and "tokenizer" in data:
@@ -1185,8 +1185,7 @@ def check_tokenizer_config(c: TokenizerConfig) -> None:
 
 def check_same_tokens(ar: ARConfig, tokenizer: TokenizerConfig) -> None:
     a, b = (ar.vocab_size, ar.num_tokens), (tokenizer.codebook_size, tokenizer.num_tokens)
-    found = f"{a[0]} codes and {a[1]} tokens, the tokenizer {b[0]} and {b[1]}"
-    require(a == b, f"the model has {found}: they do not belong together")
+    require(a == b, f"{a[0]} codes and {a[1]} tokens, the tokenizer {b[0]} and {b[1]}: they do not belong together")
 
 
 def check_numbers(what: str, numbers: Tensor, dims: int, count: int, most: int = 2**31) -> None:
@@ -1197,11 +1196,15 @@ def check_numbers(what: str, numbers: Tensor, dims: int, count: int, most: int =
     require(0 <= low and high < count, f"{what} from {low} to {high}: expected 0 ... {count - 1}")
 
 
-def check_pixels(images: Tensor, what: str, patch: int) -> None:
+def check_pixels(images: Tensor, what: str, patch: int, most: float = math.inf) -> None:
     *_, channels, height, width = (0, 0, 0, *images.shape)
     fits = images.ndim == 4 and channels == 3 and height * width and height % patch == width % patch == 0
     require(fits, f"{what} {list(images.shape)}: expected [B, 3, H, W], with multiples of the patch size {patch}")
 
+    look = most < math.inf and images.numel() and not torch.compiler.is_compiling()
+    low, high = (x.item() for x in images.aminmax()) if look else (0, 0)
+    wanted = f"{images.dtype} from {low:.4g} to {high:.4g}, expected floats in [-1, 1]; uint8 needs dar.to_float"
+    require(images.is_floating_point() and -most <= low and high <= most, f"{what}: {wanted}")
 
 def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
     """-> the prefix, int64 [B, n], n = 0 without one."""

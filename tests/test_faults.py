@@ -1,0 +1,57 @@
+"""What users of such programs report, and its kind: odd files, odd names, odd terminals, odd arguments."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dar
+
+ROOT = Path(dar.__file__).parent
+
+
+def pictures(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(folder / name)
+
+
+# Pixels
+
+
+BAD_PIXELS = {
+    "uint8": lambda images: dar.to_uint8(images),
+    "bool": lambda images: images > 0,
+    "0 to 255": lambda images: dar.to_uint8(images).float(),
+    "NaN": lambda images: images.index_fill(2, torch.tensor(3), torch.nan),
+    "infinite": lambda images: images / 0,
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PIXELS)
+def test_pixels_that_are_no_floats_around_1_are_refused(small_tokenizer, bad):
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with pytest.raises(ValueError, match=r"images: torch.\w+ from .* to .*, expected floats in \[-1, 1\]"):
+        small_tokenizer.encode(BAD_PIXELS[bad](images))
+
+
+def test_what_decode_returns_can_be_encoded_and_training_looks_at_no_value(small_tokenizer):
+    images = 1.9 * (torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert small_tokenizer.encode(images).shape == (2, 32) and small_tokenizer.encode(images[:0]).shape == (0, 32)
+    assert small_tokenizer.encode(images.double()).shape == small_tokenizer.encode(images.bfloat16()).shape == (2, 32)
+    looks = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.Tensor.aminmax
+        patch.setattr(torch.Tensor, "aminmax", lambda *args, **kwargs: looks.append(1) or real(*args, **kwargs))
+        small_tokenizer(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            small_tokenizer.encoder(images)
+        assert not looks
+        small_tokenizer.encode(images)
+    assert looks
