@@ -1445,8 +1445,9 @@ def load_rgb(path: str | Path) -> Image.Image:
             image.load()
             if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which convert() would clip: their range is a guess
                 values = np.asarray(image, np.float64)
-                top = next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
-                return Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8)).convert("RGB")
+                top = next((top for top in (1, 255, 65535) if values.max() <= 1.5 * top), values.max())
+                require(values.min() >= -top / 2 and top < math.inf, f"{values.min()} to {top}, not 0 to 1, 255, 65535")
+                return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

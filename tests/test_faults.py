@@ -55,3 +55,28 @@ def test_what_decode_returns_can_be_encoded_and_training_looks_at_no_value(small
         assert not looks
         small_tokenizer.encode(images)
     assert looks
+
+
+@pytest.mark.parametrize(
+    "values, refused",
+    [
+        ((0, 1.2), False),  # sharpened a little too much
+        ((-0.1, 1), False),
+        ((0, 300), False),
+        ((-1, 1), True),
+        ((-128, 127), True),
+        ((0, np.nan), True),
+        ((0, np.inf), True),
+        ((-np.inf, 1), True),
+        ((-1, -1), True),
+    ],
+)
+def test_greys_of_an_unknown_range_are_refused_not_black(tmp_path, values, refused):
+    ramp = np.linspace(*values, 16).astype(np.float32) if np.isfinite(values).all() else np.repeat(values, 8)
+    Image.fromarray(np.tile(ramp.astype(np.float32), (16, 1))).save(tmp_path / "x.tif")
+    if refused:
+        with pytest.raises(ValueError, match="x.tif: not a readable image .*not 0 to 1, 255, 65535"):
+            dar.load_rgb(tmp_path / "x.tif")
+    else:
+        found = np.asarray(dar.load_rgb(tmp_path / "x.tif"))
+        assert found[0, 0, 0] == 0 and found[0, -1, 0] == 255 and 60 < found.mean() < 200
