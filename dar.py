@@ -44,6 +44,7 @@ import logging
 import math
 import os
 import re
+import stat
 import sys
 import types
 import typing
@@ -1242,6 +1243,10 @@ AR_PRESETS = {
 # 10. Shared tools
 # What sampling, metrics and trainings share: speed (the same results but for rounding), processes, pictures
 
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # the processor has units for products of bfloat16 matrices
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a 2 MB profile does not make a PNG corrupt
+
 
 def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
     """Makes a loaded model, and the tokenizer that it carries, fast: in place, for use alone. On a CPU Linears are
@@ -1296,9 +1301,6 @@ def pack_linears(model: nn.Module) -> None:
             linear.weight = packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
             rest = packed, linear.bias, "none", [], ""
             linear.forward = lambda x, rest=rest: torch.ops.mkldnn._linear_pointwise(x, *rest)
-
-
-HAS_AMX = torch.cpu._is_amx_tile_supported()  # the processor has units for products of bfloat16 matrices
 
 
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -1479,22 +1481,18 @@ def center_crops(images: Iterable[Image.Image], size: int) -> Tensor:
     return to_float(torch.from_numpy(crops).permute(0, 3, 1, 2))
 
 
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a 2 MB profile does not make a PNG corrupt
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-
-
 def list_images(folder: str | Path) -> list[str]:
     """The images below a folder: sorted names relative to it, with "/" between folders. Hidden ones are left out, links
-    back up not followed. Raises OSError, or ValueError if there are none."""
-
-    def walk(here: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-        for path in here.iterdir():
-            hidden = path.name.startswith((".", "__MACOSX"))
-            if path.is_dir() and not hidden and path.resolve() not in above:
-                yield from walk(path, (*above, path.resolve()))
-            elif path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not path.is_dir():
-                yield path
-
-    found = sorted(path.relative_to(folder).as_posix() for path in walk(Path(folder), (Path(folder).resolve(),)))
+    back up not followed. Raises ValueError if there are none, OSError naming what is closed or a link to nothing."""
+    os.scandir(folder).close()  # a file would be walked like a folder
+    found, to_do = [], [(Path(folder), ())]
+    while to_do:
+        path, above = to_do.pop()
+        info = path.stat()
+        above += ((info.st_dev, info.st_ino),)
+        if stat.S_ISDIR(info.st_mode) and len(set(above)) == len(above):
+            to_do += [(inner, above) for inner in path.iterdir() if not inner.name.startswith((".", "__MACOSX"))]
+        elif stat.S_ISREG(info.st_mode) and path.suffix.lower() in IMAGE_SUFFIXES:
+            found.append(path.relative_to(folder).as_posix())
     require(bool(found), f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+    return sorted(found)

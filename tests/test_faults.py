@@ -80,3 +80,45 @@ def test_greys_of_an_unknown_range_are_refused_not_black(tmp_path, values, refus
     else:
         found = np.asarray(dar.load_rgb(tmp_path / "x.tif"))
         assert found[0, 0, 0] == 0 and found[0, -1, 0] == 255 and 60 < found.mean() < 200
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", ["a/x.png", "a/x", "x.txt"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_to_nothing_is_named(tmp_path, name, target):
+    pictures(tmp_path, "a/1.png")
+    (tmp_path / name).symlink_to(tmp_path / (name if target == "itself" else "nowhere"))
+    with pytest.raises(OSError, match=name):
+        dar.list_images(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file_is_no_image(tmp_path, monkeypatch):
+    """Reading a pipe would wait for ever."""
+    pictures(tmp_path, "a/1.png")
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "a" / "device.png").symlink_to(os.devnull)
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("a/socket.png")
+        assert dar.list_images(tmp_path) == ["a/1.png"]
+
+
+def test_a_file_in_a_folders_place_is_named(tmp_path):
+    pictures(tmp_path, "1.png")
+    with pytest.raises(NotADirectoryError, match="1.png"):
+        dar.list_images(tmp_path / "1.png")
+
+
+def test_folders_may_be_deeper_than_python_recurses(tmp_path):
+    deep = Path(*["x"] * 300)
+    pictures(tmp_path, str(deep / "1.png"))
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(250)
+    try:
+        found = dar.list_images(tmp_path)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert found == [(deep / "1.png").as_posix()]
