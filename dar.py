@@ -1201,11 +1201,11 @@ def check_pixels(images: Tensor, what: str, patch: int, most: float = math.inf) 
     *_, channels, height, width = (0, 0, 0, *images.shape)
     fits = images.ndim == 4 and channels == 3 and height * width and height % patch == width % patch == 0
     require(fits, f"{what} {list(images.shape)}: expected [B, 3, H, W], with multiples of the patch size {patch}")
-
     look = most < math.inf and images.numel() and not torch.compiler.is_compiling()
     low, high = (x.item() for x in images.aminmax()) if look else (0, 0)
     wanted = f"{images.dtype} from {low:.4g} to {high:.4g}, expected floats in [-1, 1]; uint8 needs dar.to_float"
     require(images.is_floating_point() and -most <= low and high <= most, f"{what}: {wanted}")
+
 
 def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
     """-> the prefix, int64 [B, n], n = 0 without one."""
@@ -1335,6 +1335,7 @@ def keep_freed_memory() -> None:
 def command_line(main: Callable) -> None:
     """Exits with main()'s code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # some schedulers close it
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # letters that a terminal lacks stop nothing
     try:
         sys.exit(main())
     except RuntimeError as error:
@@ -1354,9 +1355,9 @@ def command_line(main: Callable) -> None:
 def pick_device(name: str) -> torch.device:
     """--device auto|cpu|cuda|mps -> the device; auto takes the fastest. Raises ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there["auto"] = name == "auto"
+    name = next(kind for kind in there if there[kind]) if name == "auto" else name
     require(there[name], f"--device {name}: not available here; take another or none")
-    return torch.device(next(kind for kind in there if there[kind]) if name == "auto" else name)
+    return torch.device(name)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -1376,12 +1377,13 @@ class Processes(typing.NamedTuple):
     @classmethod
     def start(cls, device: torch.device) -> "Processes":
         """Joins the others if torchrun's environment says that there are any; each then has a GPU of its own."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls(device)
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with about("WORLD_SIZE is set, as by torchrun"):
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def reduce(self, value: Tensor, operation: str = "SUM") -> Tensor:

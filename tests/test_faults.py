@@ -122,3 +122,25 @@ def test_folders_may_be_deeper_than_python_recurses(tmp_path):
     finally:
         sys.setrecursionlimit(limit)
     assert found == [(deep / "1.png").as_posix()]
+
+
+# Terminals and environments
+
+
+def python(program: str, **environment) -> subprocess.CompletedProcess:
+    more = os.environ | environment
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=more, capture_output=True)
+
+
+@pytest.mark.parametrize("name, encoding", [("é.png", "ascii"), ("猫.png", "latin-1"), ("\\udcff.png", "utf-8")])
+def test_a_name_that_a_terminal_cannot_show_stops_nothing(name, encoding):
+    done = python(f"import dar\ndar.command_line(lambda: print('wrote {name}'))", PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and done.stdout.startswith(b"wrote ") and done.stdout.endswith(b".png\n"), done.stderr
+
+
+@pytest.mark.parametrize("world", ["abc", "", "0", "-3", "2"])
+def test_a_world_size_that_torchrun_did_not_set_is_named(monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE"):
+        dar.Processes.start(torch.device("cpu"))
