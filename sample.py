@@ -10,6 +10,7 @@ The authors' released weights:   python sample.py --ckpt D-AR-XL-360K.pt --token
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -342,7 +343,9 @@ def draw_set(ar: dar.ARTransformer, args, names: list[str], processes: dar.Proce
 def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: dar.Processes) -> None:
     """--reconstruct: two sets, the images and what the tokenizer makes of them; prints the mean of their PSNR."""
     paths = [args.reconstruct / name for name in dar.list_images(args.reconstruct)[: args.num]]
-    size, device = tokenizer.config.image_size, processes.device
+    args.num, size, device = len(paths), tokenizer.config.image_size, processes.device
+    found = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+    args.photographs = hashlib.sha256(repr(found).encode()).hexdigest()[:16]  # others do not continue this set
 
     def draw(which: range) -> list[torch.Tensor]:
         images = dar.center_crops(map(dar.load_rgb, paths[which.start : which.stop]), size)
@@ -355,8 +358,7 @@ def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: da
         found = [dar.psnr(*(dar.to_float(torch.from_numpy(array[part])) for array in arrays)) for part in parts]
         print(f"PSNR {torch.cat(found).mean():.2f} dB, the mean over {len(paths)} images")
 
-    args.num, files = len(paths), [args.npz, args.reference_npz]
-    fill_set(files, (len(paths), size, size, 3), args, draw, processes, summary=print_psnr)
+    fill_set([args.npz, args.reference_npz], (args.num, size, size, 3), args, draw, processes, summary=print_psnr)
 
 
 @torch.no_grad()

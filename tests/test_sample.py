@@ -528,3 +528,46 @@ def test_a_photograph_that_was_taken_upright_is_turned(model):
 def test_a_damaged_exif_turns_nothing(model):
     Image.new("RGB", (40, 64), "red").save("photo.jpg", exif=b"Exif\0\0garbage")
     call("--ckpt", model, *"--prefix-image photo.jpg --prefix-tokens 4 --classes c1 --out x.png".split())
+
+
+# What users report
+
+
+CHANGES = {
+    "another name": lambda: os.rename("photos/2.png", "photos/x.png"),
+    "another content": lambda: Image.new("RGB", (40, 40), "blue").save("photos/2.png"),
+    "two that changed places": lambda: (
+        os.rename("photos/2.png", "x"), os.rename("photos/3.png", "photos/2.png"), os.rename("x", "photos/3.png")
+    ),
+    "another time": lambda: os.utime("photos/2.png", (1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_reconstructions_of_other_files_do_not_continue_a_set(model, capsys, change):
+    os.mkdir("photos")
+    for i in range(5):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(f"photos/{i}.png")
+    words = "--reconstruct photos --npz x.npz --reference-npz y.npz --batch 2".split()
+    real, calls = dar.SequentialDiffusionTokenizer.decode, itertools.count()
+
+    def decode(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with patch.object(dar.SequentialDiffusionTokenizer, "decode", decode):
+        call("--ckpt", model, *words, code=130)
+    assert marks(Path("x.npz.part")) == 1
+    kept = {name: shutil.copy2(f"photos/{name}", ".") for name in ("2.png", "3.png")}
+    CHANGES[change]()
+    capsys.readouterr()
+    call("--ckpt", model, *words, code=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "x.npz.part: another set, half done (photographs was" in error
+    for path in Path("photos").glob("[23x].png"):
+        path.unlink()
+    for name, copy in kept.items():
+        shutil.copy2(copy, f"photos/{name}")
+    call("--ckpt", model, *words)
+    assert np.load("y.npz")["arr_0"][:, 0, 0, 0].tolist() == list(range(5))
