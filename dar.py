@@ -44,6 +44,7 @@ import logging
 import math
 import os
 import re
+import stat
 import sys
 import types
 import typing
@@ -563,7 +564,8 @@ class SequentialDiffusionTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> tokens, int64 [B, N]. Raises ValueError if patches do not divide H and W."""
+        """float [B, 3, H, W] in [-1, 1] (decode() may overshoot) -> tokens, int64 [B, N]. Raises ValueError."""
+        check_pixels(images, "images", self.config.encoder_patch, most=2)
         return self.quantize.nearest_code(self.encoder(images))
 
     def condition(self, codes: Tensor) -> Tensor:
@@ -1047,8 +1049,7 @@ def load_tokenizer(path, device="cpu", dtype=None, data: dict | None = None) -> 
 
 
 def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens: int | None = None) -> ARTransformer:
-    """A Llama, likewise, with the tokenizer given or the file's. N of a released file is the tokenizer's, else
-    num_tokens, else 256."""
+    """A Llama, likewise. tokenizer: instead of the file's. num_tokens: N, where no file tells it (default: 256)."""
     data = read_checkpoint(path)
     with about(path):
         if tokenizer is None and "format" in data and "tokenizer" in data:
@@ -1185,8 +1186,7 @@ def check_tokenizer_config(c: TokenizerConfig) -> None:
 
 def check_same_tokens(ar: ARConfig, tokenizer: TokenizerConfig) -> None:
     a, b = (ar.vocab_size, ar.num_tokens), (tokenizer.codebook_size, tokenizer.num_tokens)
-    found = f"{a[0]} codes and {a[1]} tokens, the tokenizer {b[0]} and {b[1]}"
-    require(a == b, f"the model has {found}: they do not belong together")
+    require(a == b, f"{a[0]} codes and {a[1]} tokens, the tokenizer {b[0]} and {b[1]}: they do not belong together")
 
 
 def check_numbers(what: str, numbers: Tensor, dims: int, count: int, most: int = 2**31) -> None:
@@ -1197,10 +1197,14 @@ def check_numbers(what: str, numbers: Tensor, dims: int, count: int, most: int =
     require(0 <= low and high < count, f"{what} from {low} to {high}: expected 0 ... {count - 1}")
 
 
-def check_pixels(images: Tensor, what: str, patch: int) -> None:
+def check_pixels(images: Tensor, what: str, patch: int, most: float = math.inf) -> None:
     *_, channels, height, width = (0, 0, 0, *images.shape)
     fits = images.ndim == 4 and channels == 3 and height * width and height % patch == width % patch == 0
     require(fits, f"{what} {list(images.shape)}: expected [B, 3, H, W], with multiples of the patch size {patch}")
+    look = most < math.inf and images.numel() and not torch.compiler.is_compiling()
+    low, high = (x.item() for x in images.aminmax()) if look else (0, 0)
+    wanted = f"{images.dtype} from {low:.4g} to {high:.4g}, expected floats in [-1, 1]; uint8 needs dar.to_float"
+    require(images.is_floating_point() and -most <= low and high <= most, f"{what}: {wanted}")
 
 
 def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
@@ -1242,6 +1246,10 @@ AR_PRESETS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Shared tools
 # What sampling, metrics and trainings share: speed (the same results but for rounding), processes, pictures
+
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # the processor has units for products of bfloat16 matrices
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a 2 MB profile does not make a PNG corrupt
 
 
 def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
@@ -1299,9 +1307,6 @@ def pack_linears(model: nn.Module) -> None:
             linear.forward = lambda x, rest=rest: torch.ops.mkldnn._linear_pointwise(x, *rest)
 
 
-HAS_AMX = torch.cpu._is_amx_tile_supported()  # the processor has units for products of bfloat16 matrices
-
-
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """attend by torch's kernel, or in plain products where they are faster: 2 to 9 times, in bfloat16 on most CPUs."""
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
@@ -1334,6 +1339,7 @@ def keep_freed_memory() -> None:
 def command_line(main: Callable) -> None:
     """Exits with main()'s code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # some schedulers close it
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # letters that a terminal lacks stop nothing
     try:
         sys.exit(main())
     except RuntimeError as error:
@@ -1353,9 +1359,9 @@ def command_line(main: Callable) -> None:
 def pick_device(name: str) -> torch.device:
     """--device auto|cpu|cuda|mps -> the device; auto takes the fastest. Raises ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there["auto"] = name == "auto"
+    name = next(kind for kind in there if there[kind]) if name == "auto" else name
     require(there[name], f"--device {name}: not available here; take another or none")
-    return torch.device(next(kind for kind in there if there[kind]) if name == "auto" else name)
+    return torch.device(name)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -1375,12 +1381,13 @@ class Processes(typing.NamedTuple):
     @classmethod
     def start(cls, device: torch.device) -> "Processes":
         """Joins the others if torchrun's environment says that there are any; each then has a GPU of its own."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls(device)
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with about("WORLD_SIZE is set, as by torchrun"):
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return cls(device, torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def reduce(self, value: Tensor, operation: str = "SUM") -> Tensor:
@@ -1446,8 +1453,9 @@ def load_rgb(path: str | Path) -> Image.Image:
             image.load()
             if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which convert() would clip: their range is a guess
                 values = np.asarray(image, np.float64)
-                top = next((top for top in (1, 255, 65535) if values.max() <= top), values.max())
-                return Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8)).convert("RGB")
+                top = next((top for top in (1, 255, 65535) if values.max() <= 1.5 * top), values.max())
+                require(values.min() >= -top / 2 and top < math.inf, f"{values.min()} to {top}, not 0 to 1, 255, 65535")
+                return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -1479,22 +1487,18 @@ def center_crops(images: Iterable[Image.Image], size: int) -> Tensor:
     return to_float(torch.from_numpy(crops).permute(0, 3, 1, 2))
 
 
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a 2 MB profile does not make a PNG corrupt
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-
-
 def list_images(folder: str | Path) -> list[str]:
     """The images below a folder: sorted names relative to it, with "/" between folders. Hidden ones are left out, links
-    back up not followed. Raises OSError, or ValueError if there are none."""
-
-    def walk(here: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-        for path in here.iterdir():
-            hidden = path.name.startswith((".", "__MACOSX"))
-            if path.is_dir() and not hidden and path.resolve() not in above:
-                yield from walk(path, (*above, path.resolve()))
-            elif path.suffix.lower() in IMAGE_SUFFIXES and not hidden and not path.is_dir():
-                yield path
-
-    found = sorted(path.relative_to(folder).as_posix() for path in walk(Path(folder), (Path(folder).resolve(),)))
+    back up not followed. Raises ValueError if there are none, OSError naming what is closed or a link to nothing."""
+    os.scandir(folder).close()  # a file would be walked like a folder
+    found, to_do = [], [(Path(folder), ())]
+    while to_do:
+        path, above = to_do.pop()
+        info = path.stat()
+        above += ((info.st_dev, info.st_ino),)
+        if stat.S_ISDIR(info.st_mode) and len(set(above)) == len(above):
+            to_do += [(inner, above) for inner in path.iterdir() if not inner.name.startswith((".", "__MACOSX"))]
+        elif stat.S_ISREG(info.st_mode) and path.suffix.lower() in IMAGE_SUFFIXES:
+            found.append(path.relative_to(folder).as_posix())
     require(bool(found), f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+    return sorted(found)

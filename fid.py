@@ -16,6 +16,8 @@ import argparse
 import contextlib
 import io
 import json
+import math
+import os
 import pickle
 import sys
 import zipfile
@@ -135,9 +137,7 @@ class InceptionV3(nn.Module):
 
 def load_inception(weights: str | Path | None = None) -> InceptionV3:
     """The network with the public weights: from the file `weights`, else downloaded once into torch.hub's cache.
-
-    BatchNorm is folded into the convolutions, which computes the same in less time. Raises ValueError without weights.
-    """
+    BatchNorm is folded into the convolutions, which computes the same in less time. ValueError without weights."""
     model = InceptionV3()
     options = {"map_location": "cpu", "weights_only": True}
     try:
@@ -147,7 +147,9 @@ def load_inception(weights: str | Path | None = None) -> InceptionV3:
         model.load_state_dict(state)
     except Exception as e:  # from the network, the file, the unpickler or load_state_dict, each with types of its own
         reason = "no PyTorch weights file" if isinstance(e, pickle.UnpicklingError) else " ".join(str(e).split())
-        raise ValueError(f"no weights in {weights or 'the cache'} ({reason:.240}): get {URL} for --weights FILE") from e
+        file = weights or Path(torch.hub.get_dir(), "checkpoints", Path(URL).name)
+        hint = "delete it, or get" if not weights and file.exists() else "get"
+        raise ValueError(f"no weights in {file} ({reason or 'empty':.240}): {hint} {URL} for --weights FILE") from e
     for module in list(model.modules()):
         if isinstance(module, nn.Sequential):
             module.conv, module.bn = nn.utils.fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
@@ -177,17 +179,15 @@ def merge_moments(*parts: tuple) -> tuple[int, torch.Tensor, torch.Tensor]:
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """Squared distance of two Gaussians: |mu1 - mu2|^2 + Tr sigma1 + Tr sigma2 - 2 Tr (sigma1 sigma2)^1/2.
-
     mu: [D], sigma: [D, D]. The last trace is the sum of the singular values of A^T B, where A A^T and B B^T are the
     covariances, by symmetric eigenvalues: stable when they are singular (fewer images than dimensions). At D = 2048 and
-    rank 700 it is 1e-11 off; eigenvalues of A^T sigma2 A, whose roots magnify rounding, and ADM's sqrtm are 2e-4 off.
-    """
+    rank 700 it is 1e-11 off; eigenvalues of A^T sigma2 A, whose roots magnify rounding, and ADM's sqrtm 2e-4."""
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x).double().cpu() for x in (mu1, sigma1, mu2, sigma2))
     dim, shapes = mu1.numel(), [tuple(x.shape) for x in (mu1, sigma1, mu2, sigma2)]
-    if shapes != 2 * [(dim,), (dim, dim)]:
-        raise ValueError(f"mean and covariance of both sets must be (D,) and (D, D), not {shapes}")
-    if not all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("a mean or covariance holds NaN or infinite values")
+    fits = shapes == 2 * [(dim,), (dim, dim)]
+    dar.require(fits, f"mean and covariance of both sets must be (D,) and (D, D), not {shapes}")
+    finite = all(x.isfinite().all() for x in (mu1, sigma1, mu2, sigma2))
+    dar.require(finite, "a mean or covariance holds NaN or infinite values")
     eigen = [torch.linalg.eigh((sigma + sigma.T) / 2) for sigma in (sigma1, sigma2)]
     roots = [(v * e.sqrt())[:, e > e[-1] * dim * 2e-16] for e, v in eigen]  # smaller eigenvalues are rounding
     overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
@@ -207,17 +207,14 @@ def inception_score(probs, split_size: int = 5000) -> float:
 
 def precision_recall(reference_features, sample_features, k: int = 3, block: int = 2048) -> tuple[float, float]:
     """[N, D], [M, D] -> share of samples in some reference's ball, share of references in some sample's ball.
-
     A ball reaches to its centre's k-th neighbour in its own set, itself not counted (Kynkäänniemi et al. 2019). Runs
     where the features are, `block` x `block` distances at a time, in float64, as |a|^2 + |b|^2 - 2ab cancels: float32
     errors would be as wide as the gaps between neighbours (ADM's float16 moves both shares by up to 0.01)."""
     reference, samples = torch.as_tensor(reference_features), torch.as_tensor(sample_features)
-    if not all(x.ndim == 2 and len(x) > k and x.shape[1] == reference.shape[1] for x in (reference, samples)):
-        raise ValueError(
-            f"features must be [N, D], [M, D] with N, M > {k}, not {[*reference.shape]}, {[*samples.shape]}"
-        )
-    if not all(x.sum(dtype=torch.float64).isfinite() for x in (reference, samples)):
-        raise ValueError("the features hold NaN or infinite values")
+    fits = all(x.ndim == 2 and len(x) > k and x.shape[1] == reference.shape[1] for x in (reference, samples))
+    dar.require(fits, f"features must be [N, D], [M, D] with N, M > {k}, not {[*reference.shape]}, {[*samples.shape]}")
+    finite = all(x.sum(dtype=torch.float64).isfinite() for x in (reference, samples))
+    dar.require(finite, "the features hold NaN or infinite values")
     centre = reference.mean(0, dtype=torch.float64)  # leaves the distances as they are and makes the norms small
 
     def blocks(x, first=0):
@@ -257,7 +254,7 @@ def precision_recall(reference_features, sample_features, k: int = 3, block: int
 def npz_trouble(path):  # whatever can be wrong with the archive becomes one ValueError that names it
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, MemoryError, RuntimeError, ValueError) as e:
         raise ValueError(f"{path} is not a usable .npz: {e}") from e
 
 
@@ -271,31 +268,38 @@ class ImageSet:
             self.files = [self.path / name for name in dar.list_images(self.path)]
             self.count, self.shape = len(self.files), np.asarray(dar.load_rgb(self.files[0])).shape
             for file in self.files:  # their heads tell: nobody shall wait for the network to find this
-                with Image.open(file) as image:
-                    shape = image.height, image.width, 3
+                try:
+                    with Image.open(file) as image:
+                        shape = image.height, image.width, 3
+                except Exception:  # in Pillow's words; these name the file
+                    shape = np.asarray(dar.load_rgb(file)).shape
                 if shape != self.shape:
                     raise ValueError(f"{file} is {shape}, but {self.files[0]} {self.shape}: a set must have one size")
         else:
             with npz_trouble(path):
                 self.open(zipfile.ZipFile(path))
-        if 0 < self.count < 4:
-            raise ValueError(f"{path} holds {self.count} image(s), but precision and recall (k = 3) need at least 4")
+        enough = f"{path} holds {self.count} image(s), but precision and recall (k = 3) need at least 4"
+        dar.require(not 0 < self.count < 4, enough)
 
     def open(self, archive):
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         for name in [name for name in STATISTICS if name in names]:
             self.statistics[name] = np.lib.format.read_array(archive.open(f"{name}.npy"), allow_pickle=False)
         shapes = {name: value.shape for name, value in self.statistics.items()}
-        if shapes not in ({}, STATISTICS, {name: STATISTICS[name] for name in ("mu", "sigma")}):
-            raise ValueError(f"its statistics are {shapes}, expected {STATISTICS} or the first two")
+        fits = shapes in ({}, STATISTICS, {name: STATISTICS[name] for name in ("mu", "sigma")})
+        dar.require(fits, f"its statistics are {shapes}, expected {STATISTICS} or the first two")
+        finite = all(value.dtype.kind in "fiu" and np.isfinite(value).all() for value in self.statistics.values())
+        dar.require(finite, "its statistics are not all finite numbers")
         if "arr_0" in names:
             self.stream = archive.open("arr_0.npy")  # never read as a whole: it may exceed the memory
             short = np.lib.format.read_magic(self.stream) == (1, 0)
             header = np.lib.format.read_array_header_1_0 if short else np.lib.format.read_array_header_2_0
             shape, columns_first, dtype = header(self.stream)
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
                 wanted = "expected uint8 (N, H, W, 3); x in [-1, 1] becomes clip(127.5 * x + 128, 0, 255).astype(uint8)"
                 raise ValueError(f"arr_0 is {dtype} {shape}, {wanted}")
+            there = archive.getinfo("arr_0.npy").file_size - self.stream.tell()
+            dar.require(there >= math.prod(shape), f"arr_0 is {shape}, but holds {there} bytes: it is cut off")
             if columns_first:  # but in this order it has to be
                 self.stream = io.BytesIO(np.load(self.path)["arr_0"].tobytes())  # tobytes() writes row by row
             self.count, self.shape, self.first = shape[0], shape[1:], self.stream.tell()
@@ -318,7 +322,6 @@ class ImageSet:
 @torch.inference_mode()
 def look_at(images: ImageSet, model: InceptionV3, batch_size: int, device: torch.device, rank: int = 0, world: int = 1):
     """Adds to a set its pool (pool_3, [N, 2048]), its probs ([N, 1008]) and the statistics that its file lacks.
-
     Each of `world` processes takes a range of the batches, so the numbers are those of one; rank 0 gets them."""
     start, stop = (-(-images.count // batch_size) * r // world * batch_size for r in (rank, rank + 1))
     exact = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
@@ -352,18 +355,15 @@ def main():
     add("--batch-size", type=int, default=64, help="images at once, in each process (default: 64)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: the fastest there is")
     add("--half", action="store_true", help="run the network in float16 (CUDA only); moves features by 1e-3")
-    add("--save-stats", metavar="FILE", help="write REFERENCE's statistics to this .npz; then SAMPLES may be left out")
+    add("--save-stats", type=Path, metavar="FILE", help="write REFERENCE's statistics to a new .npz, SAMPLES or not")
     add("--json", action="store_true", help="print one JSON object instead of the five lines")
     args = parser.parse_args()
     device = dar.pick_device(args.device)
-    if args.samples is None and args.save_stats is None:
-        raise ValueError("SAMPLES are missing (only --save-stats FILE goes without)")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
-    if args.half and device.type != "cuda":
-        raise ValueError(f"--half needs a CUDA device, not {device}")
-    if args.save_stats and (Path(args.save_stats).exists() or not Path(args.save_stats).absolute().parent.is_dir()):
-        raise ValueError(f"--save-stats {args.save_stats}: must be a new file in an existing folder")
+    dar.require(args.samples or args.save_stats, "SAMPLES are missing (only --save-stats FILE goes without)")
+    dar.require(args.batch_size > 0, f"--batch-size {args.batch_size}: must be at least 1")
+    dar.require(not args.half or device.type == "cuda", f"--half needs a CUDA device, not {device}")
+    if (file := args.save_stats) and (file.exists() or not os.access(file.absolute().parent, os.W_OK)):
+        raise ValueError(f"--save-stats {file}: must be a new file in an existing folder that may be written to")
     sets = [ImageSet(path) for path in (args.reference, args.samples) if path is not None]
     looked = [images for images in sets if images.count]
     if len({images.shape for images in looked}) > 1:

@@ -10,6 +10,7 @@ The authors' released weights:   python sample.py --ckpt D-AR-XL-360K.pt --token
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -17,7 +18,6 @@ import os
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", default=str(SHIPPED), help="Llama checkpoint, ours or a released one (default: the CIFAR-10 model)")
-    add("--tokenizer", metavar="FILE", help="tokenizer checkpoint, where the Llama's file does not carry one")
+    add("--tokenizer", type=Path, metavar="FILE", help="tokenizer checkpoint, where the Llama's file carries none")
     add("--classes", nargs="+", help="class names or numbers (default: all)")
     add("--num", type=int, help="how many pictures, their classes in turn (default: 16)")
     add("--cfg", nargs="+", default=["4"], help="guidance: a number, start and end, or none (default: 4)")
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--compile", action="store_true", help="for many pictures on a GPU: torch.compile, CUDA graphs; takes a minute")
     add("--threads", type=int, help="of the CPU, in each process (default: 1 for sets; else OMP_NUM_THREADS, or all)")
-    add("--save-bundle", metavar="FILE", help="write model and tokenizer into one file, in --dtype, and stop")
+    add("--save-bundle", type=Path, metavar="FILE", help="write model and tokenizer into one .pt, in --dtype, and stop")
     add = parser.add_argument_group("pictures").add_argument
     add("--out", type=Path, default=Path("samples.png"), help="the labelled grid (default: samples.png)")
     some = dict(type=Path, nargs="?", const="", metavar="FILE")
@@ -84,9 +84,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     except ValueError:
         raise ValueError(f"--cfg {args.cfg}: expected a number, start and end, or none") from None
     for name in ("num", "batch", "threads", "steps", "tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    dar.resolve_seeds([args.seed, args.seed + (args.num or 16) - 1], 2)
+        value, most = getattr(args, name), 1024 if name == "threads" else math.inf  # too many threads crash torch
+        dar.require(value is None or 1 <= value <= most, f"--{name} {value}: expected 1 ... {most}")
+    for option, seed, count in ("seed", args.seed, args.num or 16), ("prefix-seed", args.prefix_seed or 0, 1):
+        dar.require(0 <= seed <= 2**31 - count, f"--{option} {seed}: expected {count} seeds from 0 to below {2**31}")
     args.trajectory = args.out if args.trajectory == Path() else args.trajectory
     args.gif = args.out.with_suffix(".gif") if args.gif == Path() else args.gif
     drawn = [args.prefix_class is not None, args.prefix_seed is not None]
@@ -97,17 +98,18 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.npz and args.folder or a_set and pictures:
         raise ValueError("--npz, --folder, and pictures (--trajectory, --gif, --prefix-...): choose one")
     three = args.reconstruct, args.npz, args.reference_npz
-    if (args.reconstruct or args.reference_npz) and (not all(three) or args.npz == args.reference_npz):
+    if (args.reconstruct or args.reference_npz) and (not all(three) or len(set(map(os.path.realpath, three))) < 3):
         raise ValueError("--reconstruct DIR, --npz FILE and --reference-npz FILE go together")
-    wanted = {".npz"} if a_set else dar.IMAGE_SUFFIXES
-    for file in filter(None, [args.npz, args.reference_npz] if a_set else [args.out, args.trajectory, args.gif]):
-        folder = file.resolve().parent
-        if file.suffix.lower() not in wanted or file.is_dir() or not folder.is_dir():
-            raise ValueError(f"{file}: expected a file ending in {' '.join(sorted(wanted))}, in a folder that exists")
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{file}: its folder cannot be written to")
-    if args.folder and (args.folder.suffix.lower() == ".npz" or args.folder.resolve() == Path.cwd()):
+    files = {args.out: dar.IMAGE_SUFFIXES, args.trajectory: dar.IMAGE_SUFFIXES, args.gif: {".gif", ".png", ".webp"}}
+    files = {args.npz: {".npz"}, args.reference_npz: {".npz"}} if a_set else files
+    files = {args.save_bundle: {".pt"}} if args.save_bundle else files
+    for file, endings in files.items():
+        if file and (not file.name or file.is_dir() or file.suffix.lower() not in endings):
+            raise ValueError(f"{file}: expected a file's name, ending in {' '.join(sorted(endings))}")
+    if args.folder and (not args.folder.name or args.folder.is_file() or args.folder.suffix.lower() == ".npz"):
         raise ValueError(f"--folder {args.folder}: expected a new folder's name; for an archive there is --npz")
+    for file in filter(None, [*files, args.folder]):
+        dar.require(os.access(file.absolute().parent, os.W_OK), f"{file}: its folder is missing or not writable")
 
 
 def class_names(ar: dar.ARTransformer) -> list[str]:
@@ -121,11 +123,12 @@ def class_names(ar: dar.ARTransformer) -> list[str]:
 
 def parse_classes(words: list[str] | None, names: list[str], option: str = "--classes") -> list[int]:
     """Names or numbers -> class numbers; all if words is None. Raises ValueError naming the one that does not exist."""
-    numbers = {str(i): i for i in range(len(names))} | {names[i].lower(): i for i in reversed(range(len(names)))}
+    pairs = [(name, i) for i, name in enumerate(names)][::-1]  # of two with one name the first counts
+    known = {str(i): i for _, i in pairs} | {name.lower(): i for name, i in pairs} | dict(pairs)
     for word in words or ():
-        known = f"there are 0 ... {len(names) - 1} ({', '.join([*names[:20], '...'][: len(names)])})"
-        dar.require(word.lower() in numbers, f"{option} {word}: no such class; {known}")
-    return list(range(len(names))) if words is None else [numbers[word.lower()] for word in words]
+        there = f"there are 0 ... {len(names) - 1} ({', '.join([*names[:20], '...'][: len(names)])})"
+        dar.require(word in known or word.lower() in known, f"{option} {word}: no such class; {there}")
+    return list(range(len(names))) if words is None else [known.get(word, known.get(word.lower())) for word in words]
 
 
 def stream(ar, args, labels: list[int], seeds: list[int], prefix=None, tokens=None) -> Iterator[dar.StreamStep]:
@@ -147,8 +150,8 @@ def check_grid(files: list[Path | None], ar, columns: int, rows: int) -> None:
     size = ar.tokenizer.config.image_size * max(1, 96 // ar.tokenizer.config.image_size)
     longest = max(columns * (size + 4), rows * (size + 18))
     for file in filter(None, files):
-        if longest > LONGEST.get(file.suffix.lower(), math.inf):
-            raise ValueError(f"{file}: {longest} pixels are more than this format allows; .png allows them")
+        fits = longest <= LONGEST.get(file.suffix.lower(), longest)
+        dar.require(fits, f"{file}: {longest} pixels are more than this format allows; .png allows them")
 
 
 def labelled_grid(images: torch.Tensor, labels: list[str], columns: int) -> Image.Image:
@@ -170,13 +173,16 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
     """The grid, the trajectories and the animation. After Ctrl-C they show the batches that were finished."""
     classes, total, group = parse_classes(args.classes, names), ar.config.num_tokens, ar.tokenizer.config.group_size
     num, kept, codes, stopped = args.num or 16, [0], None, None
+    shown = [name if name.isascii() and name.isprintable() else str(i) for i, name in enumerate(names)]  # by Pillow
     if args.layout:
         num, kept = args.num or min(len(classes), 8), args.prefix_tokens or [total * k // 8 for k in range(1, 5)]
-        if not 0 <= min(kept) <= max(kept) <= total:
-            raise ValueError(f"--prefix-tokens {' '.join(map(str, kept))}: expected numbers from 0 to {total}")
+        fits = 0 <= min(kept) <= max(kept) <= total
+        dar.require(fits, f"--prefix-tokens {' '.join(map(str, kept))}: expected numbers from 0 to {total}")
         if args.prefix_image:
             photo = dar.load_rgb(args.prefix_image)
-            with contextlib.suppress(Exception):  # a damaged EXIF turns nothing
+            with contextlib.suppress(Exception), Image.open(args.prefix_image) as file:  # a damaged EXIF turns nothing
+                file.load()
+                photo.info = file.info
                 photo = ImageOps.exif_transpose(photo)  # as the camera was held
             source = dar.center_crops([photo], ar.tokenizer.config.image_size)
             codes = ar.tokenizer.encode(source.to(ar.tok_embeddings.weight.device))[0]
@@ -187,9 +193,8 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
     labels = [classes[i % len(classes)] for i in range(num)]
     frames, captions = [], []  # frames: [K + 1, n, 3, H, W], the previews and the result; or [1, n, ...], the result
     length = (args.tokens or total) // group + 1 if args.trajectory or args.gif else 1
-    columns = num + 1
-    if not args.layout:
-        columns = len(classes) if len(classes) <= 10 and num % len(classes) == 0 else min(num, 8)
+    a_row = len(classes) if len(classes) <= 10 and num % len(classes) == 0 else min(num, 8)
+    columns = num + 1 if args.layout else a_row
     count = num * len(kept) + len(kept) * args.layout
     check_grid([args.out, args.gif], ar, columns, -(-count // columns))
     check_grid([args.trajectory], ar, length, count)
@@ -205,7 +210,7 @@ def draw_pictures(ar: dar.ARTransformer, args, names: list[str]) -> None:
                     frames.append(source.expand(length, 1, -1, -1, -1))
                     captions.append(f"{n} of {total} kept")
                 frames.append(torch.stack([*previews, step.x.cpu()][-length:]))
-                captions += [names[label] for label in labels[start : which.stop]]
+                captions += [shown[label] for label in labels[start : which.stop]]
     except KeyboardInterrupt as caught:
         stopped = caught
     if not frames:
@@ -233,7 +238,6 @@ def save_picture(picture: Image.Image, file: Path, **options) -> None:
 
 
 # Sets
-#
 # A set is cut into batches by picture number and each process draws whole batches, so that no picture depends on how
 # many processes there are. Beside FILE.npz the folder FILE.npz.part keeps what a killed run leaves: 0.npy, pictures,
 # mapped into the memory of each process, which all fill it, and "done": a line of settings, then a byte for each batch,
@@ -310,13 +314,9 @@ def fill_set(files, shape, args, draw, processes, labels=None, summary=lambda ar
         raise
     if rank == 0:
         summary(arrays)
-        for i, file in enumerate(files if arrays else ()):  # streamed into ADM's arr_0, and class numbers into arr_1
-            with zipfile.ZipFile(part / f"{i}.npz", "w") as archive, open(part / f"{i}.npy", "rb") as source:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as target:
-                    shutil.copyfileobj(source, target, 2**22)
-                if labels is not None:
-                    with archive.open("arr_1.npy", "w") as target:
-                        np.save(target, np.array(labels(range(num))))
+        for i, file in enumerate(files if arrays else ()):  # images are ADM's arr_0, and class numbers arr_1
+            classes = {} if labels is None else {"arr_1": np.array(labels(range(num)))}
+            np.savez(part / f"{i}.npz", arr_0=arrays[i], **classes)
             shutil.move(part / f"{i}.npz", file)
         (part / "done").unlink()  # first: without it the rest is no set
         shutil.rmtree(part)
@@ -342,7 +342,9 @@ def draw_set(ar: dar.ARTransformer, args, names: list[str], processes: dar.Proce
 def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: dar.Processes) -> None:
     """--reconstruct: two sets, the images and what the tokenizer makes of them; prints the mean of their PSNR."""
     paths = [args.reconstruct / name for name in dar.list_images(args.reconstruct)[: args.num]]
-    size, device = tokenizer.config.image_size, processes.device
+    args.num, size, device = len(paths), tokenizer.config.image_size, processes.device
+    found = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+    args.photographs = hashlib.sha256(repr(found).encode()).hexdigest()[:16]  # others do not continue this set
 
     def draw(which: range) -> list[torch.Tensor]:
         images = dar.center_crops(map(dar.load_rgb, paths[which.start : which.stop]), size)
@@ -355,8 +357,7 @@ def reconstruct(tokenizer: dar.SequentialDiffusionTokenizer, args, processes: da
         found = [dar.psnr(*(dar.to_float(torch.from_numpy(array[part])) for array in arrays)) for part in parts]
         print(f"PSNR {torch.cat(found).mean():.2f} dB, the mean over {len(paths)} images")
 
-    args.num, files = len(paths), [args.npz, args.reference_npz]
-    fill_set(files, (len(paths), size, size, 3), args, draw, processes, summary=print_psnr)
+    fill_set([args.npz, args.reference_npz], (args.num, size, size, 3), args, draw, processes, summary=print_psnr)
 
 
 @torch.no_grad()
@@ -375,8 +376,7 @@ def main() -> None:
     tokenizer = dar.load_tokenizer(args.tokenizer, device, dtype) if args.tokenizer else None
     ar = None if args.reconstruct and tokenizer else dar.load_ar(args.ckpt, device, dtype, tokenizer=tokenizer)
     tokenizer = tokenizer or ar.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{args.ckpt}: carries no tokenizer; give the one it was trained with as --tokenizer FILE")
+    dar.require(tokenizer is not None, f"{args.ckpt}: carries no tokenizer; give its own as --tokenizer FILE")
     if args.save_bundle:
         dar.save_checkpoint(args.save_bundle, ar, dtype=DTYPES.get(args.dtype))
         return print(f"wrote {args.save_bundle}")

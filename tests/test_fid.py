@@ -355,6 +355,14 @@ def test_a_zip_of_pictures_is_refused_in_a_short_line(tmp_path):
     assert len(str(error.value)) < 500
 
 
+def save_promise(path, name, shape, columns_first=False):
+    """An archive whose header promises more than is in it, as a zip bomb does."""
+    with zipfile.ZipFile(path, "w") as archive, archive.open(f"{name}.npy", "w") as file:
+        head = dict(descr="|u1" if name == "arr_0" else "<f8", fortran_order=columns_first, shape=shape)
+        np.lib.format.write_array_header_1_0(file, head)
+        file.write(bytes(8 * 32 * 32 * 3))
+
+
 BAD_FILES = {
     "float": (lambda path: np.savez(path, arr_0=some_images(8) / 255), "float64.*uint8"),
     "objects": (lambda path: np.savez(path, arr_0=np.array([None, 1], dtype=object)), "object.*uint8"),
@@ -371,6 +379,13 @@ BAD_FILES = {
     "single array": (lambda path: np.save(path.open("wb"), some_images(8)), "not a zip file"),
     "truncated": (lambda path: (np.savez(path, arr_0=some_images(8)), os.truncate(path, 9000)), "not a zip file"),
     "missing": (lambda path: None, "No such file"),
+    "NaN": (lambda path: np.savez(path, mu=np.full(2048, np.nan), sigma=np.eye(2048)), "not all finite"),
+    "complex": (lambda path: np.savez(path, mu=np.zeros(2048, complex), sigma=np.eye(2048)), "not all finite"),
+    "words": (lambda path: np.savez(path, mu=np.array(["x"] * 2048), sigma=np.eye(2048)), "not all finite"),
+    "a billion pictures": (lambda path: save_promise(path, "arr_0", (10**9, 32, 32, 3)), "cut off"),
+    "columns of a billion": (lambda path: save_promise(path, "arr_0", (10**9, 32, 32, 3), True), "cut off"),
+    "fewer than none": (lambda path: save_promise(path, "arr_0", (-8, 32, 32, 3)), "expected uint8"),
+    "an endless mean": (lambda path: save_promise(path, "mu", (10**13,)), "allocate|mu"),
 }
 
 
@@ -401,9 +416,8 @@ def test_an_npz_that_promises_more_pixels_than_it_has(tmp_path):
     np.save(tmp_path / "images.npy", some_images(8))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "images.npy").read_bytes()[:-3072])
-    assert fid.ImageSet(path).read(0, 7).shape == (7, 3, 32, 32)
-    with pytest.raises(ValueError, match="images.npz"):
-        fid.ImageSet(path).read(4, 8)
+    with pytest.raises(ValueError, match="images.npz.*cut off"):  # before the network looks at any
+        fid.ImageSet(path)
 
 
 def test_images_of_different_sizes_are_refused(command, tmp_path):
@@ -544,3 +558,51 @@ def test_torchrun_gives_the_numbers_of_one_process(two_sets, weights, by_hand):
             os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 0, err
     assert json.loads(out) == pytest.approx(by_hand, rel=1e-5)
+
+
+# What users report
+
+
+@pytest.mark.parametrize("content", [b"", b"half"])
+def test_a_damaged_download_is_named_with_the_advice_to_delete_it(command, state, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    path = tmp_path / "hub" / "checkpoints" / Path(fid.URL).name
+    path.parent.mkdir(parents=True)
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:50_000] if content else b"")
+    np.savez(tmp_path / "a.npz", arr_0=some_images(4))
+    code, out, err = command(tmp_path / "a.npz", tmp_path / "a.npz", "--device", "cpu")
+    assert code == 2 and out == "" and err.count("\n") == 1 and f"{path} (" in err and "delete it" in err
+    with pytest.raises(ValueError) as error:  # but not a file that the user names
+        fid.load_inception(path)
+    assert str(path) in str(error.value) and "delete it" not in str(error.value)
+
+
+BAD_PICTURES = {
+    "empty": lambda path: path.touch(),
+    "text": lambda path: path.write_text("no picture"),
+    "half a head": lambda path: path.write_bytes(path.with_name("000.png").read_bytes()[:20]),
+    "a bomb": lambda path: Image.new("1", (60_000, 60_000)).save(path),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_PICTURES)
+def test_a_picture_that_cannot_be_read_is_named_before_the_network_looks(command, tmp_path, bad):
+    save_folder(tmp_path / "folder", some_images(6))
+    BAD_PICTURES[bad](tmp_path / "folder" / "class0" / "bad.png")
+    code, out, err = command(tmp_path / "folder", tmp_path / "folder", "--device", "cpu")
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and "bad.png" in err
+    assert bad == "a link to nothing" or "bad.png: not a readable image" in err
+
+
+@pytest.mark.parametrize("name", ["folder", "none/stats.npz", "images.npz", ""])
+def test_statistics_that_cannot_be_saved_are_refused_at_once(command, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    np.savez("images.npz", arr_0=some_images(4))
+    code, out, err = command("images.npz", "--save-stats", name, "--weights", "none.pth", "--device", "cpu")
+    assert code == 2 and err.count("\n") == 1 and "--save-stats" in err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    code, out, err = command("images.npz", "--save-stats", "new.npz", "--weights", "none.pth", "--device", "cpu")
+    assert code == 2 and "--save-stats new.npz" in err

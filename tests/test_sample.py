@@ -528,3 +528,144 @@ def test_a_photograph_that_was_taken_upright_is_turned(model):
 def test_a_damaged_exif_turns_nothing(model):
     Image.new("RGB", (40, 64), "red").save("photo.jpg", exif=b"Exif\0\0garbage")
     call("--ckpt", model, *"--prefix-image photo.jpg --prefix-tokens 4 --classes c1 --out x.png".split())
+
+
+# What users report
+
+
+CHANGES = {
+    "another name": lambda: os.rename("photos/2.png", "photos/x.png"),
+    "another content": lambda: Image.new("RGB", (40, 40), "blue").save("photos/2.png"),
+    "two that changed places": lambda: (
+        os.rename("photos/2.png", "x"), os.rename("photos/3.png", "photos/2.png"), os.rename("x", "photos/3.png")
+    ),
+    "another time": lambda: os.utime("photos/2.png", (1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_reconstructions_of_other_files_do_not_continue_a_set(model, capsys, change):
+    os.mkdir("photos")
+    for i in range(5):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(f"photos/{i}.png")
+    words = "--reconstruct photos --npz x.npz --reference-npz y.npz --batch 2".split()
+    real, calls = dar.SequentialDiffusionTokenizer.decode, itertools.count()
+
+    def decode(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with patch.object(dar.SequentialDiffusionTokenizer, "decode", decode):
+        call("--ckpt", model, *words, code=130)
+    assert marks(Path("x.npz.part")) == 1
+    kept = {name: shutil.copy2(f"photos/{name}", ".") for name in ("2.png", "3.png")}
+    CHANGES[change]()
+    capsys.readouterr()
+    call("--ckpt", model, *words, code=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "x.npz.part: another set, half done (photographs was" in error
+    for path in Path("photos").glob("[23x].png"):
+        path.unlink()
+    for name, copy in kept.items():
+        shutil.copy2(copy, f"photos/{name}")
+    call("--ckpt", model, *words)
+    assert np.load("y.npz")["arr_0"][:, 0, 0, 0].tolist() == list(range(5))
+
+
+EARLY = {
+    "bundle in a folder's place": ("--save-bundle there", "there"),
+    "bundle without a folder": ("--save-bundle none/x.pt", "none/x.pt"),
+    "bundle without a name": ("--save-bundle=", "expected a file's name"),
+    "bundle that is a picture": ("--save-bundle x.png", "x.png"),
+    "set in no folder": ("--folder none/x", "none/x"),
+    "set in a file's place": ("--folder file.npy", "file.npy"),
+    "set at the top": ("--folder /", "--folder /"),
+    "archive in a folder's place": ("--npz there.npz", "there.npz"),
+    "archive of a folder without a name": ("--npz=", "expected a file's name"),
+    "picture without a name": ("--out=", "expected a file's name"),
+    "tokenizer without a name": ("--tokenizer=", "'.'"),
+    "a film in a format of stills": ("--gif x.jpg", "x.jpg"),
+    "a film as BMP": ("--gif x.bmp", "x.bmp"),
+    "a film as TIFF": ("--gif x.tif", "x.tif"),
+    "one file by two names": ("--reconstruct . --npz x.npz --reference-npz there/../x.npz", "--reference-npz"),
+    "threads beyond reason": ("--threads 100000", "--threads 100000"),
+    "seed": ("--seed 99999999999999999999", "--seed 99999999999999999999"),
+    "seed of the layout": ("--prefix-class c1 --prefix-seed -1", "--prefix-seed -1"),
+}
+
+
+@pytest.mark.parametrize("mistake", EARLY)
+def test_what_cannot_be_written_or_meant_is_refused_before_loading(capsys, mistake):
+    os.mkdir("there"), os.mkdir("there.npz"), Path("file.npy").touch()
+    before, (words, named) = sorted(os.listdir()), EARLY[mistake]
+    call("--ckpt", "none.pt", *words.split(), code=2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and named in error and "none.pt" not in error
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    "words", [("--out", "x.png"), ("--npz", "x.npz"), ("--folder", "x"), ("--save-bundle", "x.pt")]
+)
+def test_a_folder_that_may_not_be_written_to_is_named_before_loading(capsys, monkeypatch, words):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    call("--ckpt", "none.pt", *words, code=2)
+    assert words[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [".gif", ".png", ".webp"])
+def test_films_may_have_any_format_of_films(model, kind):
+    call("--ckpt", model, "--num", 1, "--gif", f"film{kind}", "--out", "x.png")
+    assert Image.open(f"film{kind}").n_frames == 9
+
+
+def test_names_of_classes_that_differ_in_their_case_alone_are_told_apart():
+    names = ["Cat", "cat", "Dog", "crane", "crane", "7"]
+    assert sample.parse_classes(["cat", "Cat", "CAT", "dog", "crane", "7", "0"], names) == [1, 0, 1, 2, 3, 5, 0]
+    with pytest.raises(ValueError, match="--classes 9: no such class"):
+        sample.parse_classes(["9"], names)
+
+
+def test_names_that_the_font_lacks_are_shown_by_their_numbers(make_ar, make_tokenizer):
+    shown, ar = [], make_ar(num_classes=6)
+    ar.attach_tokenizer(make_tokenizer())
+    ar.class_names = ["猫", "café", "two\nlines", "plain, old", "\udcff", "dog\x07"]
+    dar.save_checkpoint("x.pt", ar)
+    real = sample.labelled_grid
+
+    def grid(images, labels, columns):
+        shown.append(labels)
+        return real(images, labels, columns)
+
+    with patch.object(sample, "labelled_grid", grid):
+        call("--ckpt", "x.pt", "--classes", *ar.class_names, "--out", "x.png")
+        call("--ckpt", "x.pt", "--num", 1, "--trajectory", "--out", "x.png")
+    assert shown[0][:6] == ["0", "1", "2", "plain, old", "4", "5"] and shown[-1][-1] == "0"
+
+
+def upright(mode: str) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 4), np.uint8)
+    pixels[..., 3] = 255
+    image = Image.fromarray(pixels)
+    return Image.fromarray(pixels[..., 0] * np.uint16(257)) if mode == "I;16" else image.convert(mode)
+
+
+@pytest.mark.parametrize("name, mode", [("x.png", "RGBA"), ("x.webp", "RGBA"), ("x.png", "L"), ("x.png", "I;16")])
+def test_photographs_of_any_mode_are_turned(model, name, mode):
+    image, note, seen = upright(mode), Image.Exif(), []
+    note[0x0112] = 6
+    os.mkdir("lying")
+    image.save(name, lossless=True)
+    image.transpose(Image.Transpose.ROTATE_90).save(f"lying/{name}", exif=note, lossless=True)
+    real = dar.center_crops
+
+    def crops(images, size):
+        seen.append(real(images, size))
+        return seen[-1]
+
+    with patch.object(dar, "center_crops", crops):
+        for file in (name, f"lying/{name}"):
+            words = "--prefix-tokens 4 --classes c1 --num 1 --out drawn.png --prefix-image".split()
+            call("--ckpt", model, *words, file)
+    assert torch.equal(*seen)
