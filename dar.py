@@ -1,10 +1,10 @@
 """D-AR in one file: diffusion as next-token prediction (Gao & Shou, "D-AR: Diffusion via Autoregressive Models",
 arXiv 2505.23660), in the order in which one would teach it.
 
-A flow turns noise into an image in K steps. A tokenizer writes an image as N tokens in K groups, and each step of the
-flow is told what to do by one group alone. So the tokens stand in the order of the flow: the first ones decide the
-layout, the last ones the detail. A plain Llama learns to write tokens from left to right. Whenever it has finished a
-group, the picture can take its next step at once.
+A flow turns noise into an image in K steps. A tokenizer writes an image as N tokens in K groups, and step k of the flow
+is told what to do by group k, which knows the groups before it. So the tokens stand in the order of the flow: the first
+ones decide the layout, the last ones the detail. A plain Llama learns to write tokens from left to right. Whenever it
+has finished a group, the picture can take its next step at once.
 
     chapter               what                                            where the paper has it
     1  Schedule and flow  condition_group, interpolate, solver_step       eq. 3, 4, 5, 8, Table 2
@@ -23,15 +23,15 @@ Symbols, the paper's where it has them:
     x0, x1, x_t   noise; the image; the point between them at time t        t     flow time: 0 is noise, 1 the image
     v             velocity of the flow, x1 - x0                             s     uniform time, the paper's t'
     N, K          tokens of an image (256); groups of tokens (8)            k     a group, 0 ... K-1
-    z, z'         a token's code vector; what the causal decoder makes of it
+    z, z'         a code vector; what the causal decoder makes of it        q,k,v in attention: queries, keys, values
     S, V          steps that draw a picture (K by default); codebook size (16384)
     B, C, P       in shapes: images in a batch; width of a model; patches of an image
 
 Words that the paper takes as known:
     LPIPS         distance of two images in the features of a trained network (VGG-16); judges much as people do
     REPA          an extra loss: from a hidden state, predict a trained network's (DINOv2's) features
-    AdaLN-zero    a block whose LayerNorms are shifted, scaled and gated by a condition; the gates start at zero
-    guidance      the difference between a model's answers with and without the class, exaggerated (chapter 7)
+    AdaLN-zero    a condition shifts and scales a block's LayerNorms and gates what it adds; the gates start at zero
+    guidance      classifier-free guidance, cfg: what the class changes in a model's answer, exaggerated (chapter 7)
     rFID          FID, a distance of two sets of images, between images and their reconstructions
 """
 
@@ -60,7 +60,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
-HEAD_DIM = 64  # every attention of both models has heads of 64
+HEAD_DIM = 64  # of every attention, in the tokenizer and in the Llama
 EPS = 1e-6  # of every LayerNorm
 
 
@@ -69,16 +69,18 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 1. Schedule and flow
 # Flow matching draws a straight line from noise x0 ~ N(0, I) to an image x1, and moves along it:
 #     x_t = t x1 + (1 - t) x0            for t from 0 (noise) to 1 (image)                    eq. 3
 #     v = d x_t / dt = x1 - x0           the velocity, the same everywhere on the line        eq. 4
-# A network learns to tell v from x_t and t. A picture is drawn by starting at noise and following that velocity.
+# Many such lines pass through a point x_t. A network learns to predict v from x_t and t, and what it learns is their
+# mean, which changes along the way. So a picture is drawn in several steps: start at noise, follow the predicted
+# velocity a little, predict anew.
 #
 # D-AR's own idea is which tokens the network sees at which time. Time is cut into K parts. In part k the network sees
 # the tokens of group k and no others. So group k must say what the flow needs to know in part k: early groups say where
-# things are while the picture is still noise, late groups say what the details are.
+# things are, since noise still hides the rest; late groups say what the details are.
 #
 # The parts are equal in a uniform time s, and t is a bent s:
 #     t = s / (s + beta (1 - s))                                                              eq. 8
@@ -97,19 +99,21 @@ def shift_time(s: Tensor | float, beta: float) -> Tensor | float:
 
 
 def unshift_time(t: Tensor | float, beta: float) -> Tensor | float:
-    """Eq. 5, the inverse: flow time t in [0, 1] -> s = t / (t + (1 - t) / beta)."""
+    """Eq. 5, the inverse: flow time t in [0, 1] -> s = t / (t + (1 - t) / beta). This file starts from s instead."""
     return t / (t + (1 - t) / beta)
 
 
 def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> Tensor | int:
     """Eq. 5: the group k that conditions the flow at uniform time s in [0, 1].
         "ceil":     k = min(floor(s K), K - 1)           each group owns one K-th of s
-        "nearest":  k = min(floor(s K + 1/2), K - 1)     the rule of the released weights
-    The paper writes k = ceil(s K), counting from one. At an edge s = i/K this names the part of time that ends there; a
-    step that starts there needs the part that begins. s: float tensor -> int64 tensor; number -> int."""
+        "nearest":  k = min(floor(s K + 1/2), K - 1)     of the released weights; group 0 owns half a K-th
+    The paper writes ceil(s K) and counts groups from one; counted from zero, that is floor(s K) but at an edge s = i/K.
+    There it names the part of time that ends, and a step that starts there needs the part that begins.
+    s: float tensor -> int64 tensor; number -> int."""
     if not isinstance(s, Tensor):
         return int(condition_group(torch.tensor(s, dtype=torch.float64, device="cpu"), num_groups, rule))
     require(rule in ("ceil", "nearest"), f"group rule {rule!r}: expected 'ceil' or 'nearest'")
+    # floor(s K + 1/2) is half of floor(2 s K) + 1, rounded down
     k = floor_of_product(s, num_groups) if rule == "ceil" else (floor_of_product(s, 2 * num_groups) + 1) // 2
     return k.clamp(0, num_groups - 1)
 
@@ -137,7 +141,7 @@ def jump_estimate(x_t: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
 
 def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -> list[tuple[float, float, int]]:
     """Eq. 8: the S steps that draw a picture, each as (t at its start, t at its end, its group). Step i starts at i/S.
-    With S = K, the paper's default, each group is used once; else some serve no step, or several."""
+    With S = K, the paper's default, each group is used once; otherwise some serve no step, or several."""
     require(num_steps >= 1, f"{num_steps} sampling steps: expected at least 1")
     t = [shift_time(i / num_steps, beta) for i in range(num_steps + 1)]
     return [(t[i], t[i + 1], condition_group(i / num_steps, num_groups, rule)) for i in range(num_steps)]
@@ -147,18 +151,18 @@ def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: s
     """One step of length h from x, where the velocity is v and was v_prev at the step before (None at the first).
         "euler":  x + h v
         "ab2":    x + h (3/2 v - 1/2 v_prev)     two-step Adams-Bashforth, "Adams 2nd" in Table 2; the first is Euler's
-    These weights are right for equal steps, which the shifted ones are not; the paper's best result has them."""
+    If steps are equal, this is v at the middle of the step. Shifted steps are not; the paper takes it all the same."""
     require(solver in ("euler", "ab2"), f"solver {solver!r}: expected 'euler' or 'ab2'")
     if solver == "ab2" and v_prev is not None:
         v = 1.5 * v - 0.5 * v_prev
     return x + h * v
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 2. Quantizer
-# An image becomes tokens in two steps. An encoder (chapter 5) turns the image and N learned queries q into N feature
-# vectors f; the quantizer then replaces each f by the nearest of the V rows of a codebook, and the row's number is the
-# token:
+# An image becomes tokens in two steps. An encoder (chapter 5) turns the image and N learned vectors q_1 ... q_N, called
+# queries, into N feature vectors f; the quantizer then replaces each f by the nearest of the V rows of a codebook. That
+# row is z, its number is the token:
 #     [z_1, ..., z_N] = quant(encoder(image, [q_1, ..., q_N]))                                eq. 1
 # Features and rows have length one (appendix I). Then |f - z|^2 = 2 - 2 f·z, so the nearest row is the row with the
 # largest inner product.
@@ -186,11 +190,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest_code(self, f: Tensor) -> Tensor:
-        """Features [..., D], of any length -> tokens int64 [...]: for each the number of the nearest row."""
+        """Features [..., D] -> tokens int64 [...]: for each the number of the nearest row."""
         with torch.autocast(f.device.type, enabled=False):
             flat, codebook = f.float().reshape(-1, f.shape[-1]), self.codebook()
-            rows = max(1, 2**26 // len(codebook))  # at a time, so that the products take at most 256 MB
-            codes = [(part @ codebook.T).argmax(-1) for part in flat.split(rows)]
+            at_once = max(1, 2**26 // len(codebook))  # features, so that their products take at most 256 MB
+            codes = [(part @ codebook.T).argmax(-1) for part in flat.split(at_once)]
         return torch.cat(codes).view(f.shape[:-1])
 
     def forward(self, f: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -202,10 +206,10 @@ class VectorQuantizer(nn.Module):
         keep = torch.ones_like(f[..., 0]) if keep is None else keep.to(f.dtype)
         vq = (((f.detach() - z) ** 2).mean(-1) * keep).sum() / keep.sum()
         commit = (((f - z.detach()) ** 2).mean(-1) * keep).sum() / keep.sum()
-        return f + (z - f).detach(), codes, vq, commit  # the value of z, the gradient of f
+        return f + (z - f).detach(), codes, vq, commit  # the value is z's, and the gradient goes to f
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 3. Attention and blocks
 # A token's query q is compared with the keys k of the tokens that it may attend to, and the result is a mean of their
 # values v, weighted by how well the keys fit:
@@ -226,7 +230,7 @@ def rope_1d(place: Tensor) -> Tensor:
 def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) -> Tensor:
     """Rotations of a height x width grid of patches in row-major order, float32 [height·width + num_unplaced, 32, 2].
     The first 16 pairs of a head turn by the row, the last 16 by the column, pair i by that · 10000^(-i/16). The
-    num_unplaced tokens after the patches have no place in the image and are not turned (appendix I)."""
+    num_unplaced tokens after the patches, the queries, have no place in the image and are not turned (appendix I)."""
     frequency = 10000.0 ** (-torch.arange(16, device=device) / 16)
     row = torch.arange(height, device=device).repeat_interleave(width)
     column = torch.arange(width, device=device).repeat(height)
@@ -243,7 +247,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def causal_mask(place: Tensor, length: int) -> Tensor:
-    """bool [n, length]: the token at place[i] (int64 [n]) may attend to place j, j < length, unless j is later."""
+    """bool [n, length]: may the token at place[i] (int64 [n]) attend to the one at place j? True for j <= place[i]."""
     return torch.arange(length, device=place.device) <= place[:, None]
 
 
@@ -254,7 +258,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 class Attention(nn.Module):
-    """The tokenizer's, to the tokens themselves or to a context; queries and keys pass a LayerNorm (appendix I)."""
+    """The tokenizer's attention, of x to itself or to a context. Queries and keys pass a LayerNorm (appendix I)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -263,7 +267,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context=None, rope=None, mask=None) -> Tensor:
         """x [B, n, C] attends to itself, or to context [B, m, C]; -> [B, n, C].
-        rope [n, 32, 2] turns queries and keys; of a context, which has no place in the image, only the queries."""
+        rope [n, 32, 2] turns queries and keys. Keys of a context are not turned: it has no place in the image."""
         source = x if context is None else context
         q = self.q_norm(self.q(x).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)  # [B, heads, n, 64]
         k = self.k_norm(self.k(source).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)  # [B, heads, m, 64]
@@ -300,7 +304,7 @@ class GatedBlock(nn.Module):
         return x + self.gate2 * self.mlp(self.norm2(x))
 
 
-def normalize(x: Tensor) -> Tensor:
+def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm over the last dimension, without parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=EPS)
 
@@ -314,15 +318,16 @@ def init_linears(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(m.bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 4. Diffusion decoder
-# The network of the flow, D_FM in Fig. 4. It is trained to tell the velocity from the point x_t, the time t and c(t),
-# the tokens of the group that chapter 1 assigns to this time:
+# The network of the flow, D_FM in Fig. 4. It is trained to predict the velocity from the point x_t, the time t and
+# c(t), the tokens of the group that chapter 1 assigns to this time, as vectors z' (chapter 5 makes them; here group_z):
 #     l_fm = mean of |v - D_FM(x_t, t, c(t))|^2                                               eq. 2
 # It is a diffusion transformer (DiT) on patches of pixels. In each block a condition m shifts, scales and gates what
-# attention and MLP do: x + gate · f(shift + (1 + scale) · norm(x)), with shift, scale and gate a Linear of m. In DiT
-# m is one vector for the whole picture. Here every patch has its own: what this patch reads from the group's tokens by
-# cross-attention, plus an embedding of the time. What it reads is not added to x. It only modulates.
+# attention and MLP do: x + gate · f(shift + (1 + scale) · norm(x)), first with f = attention, then with f = MLP; shift,
+# scale and gate are a Linear of m. In DiT m is one vector for the whole picture. Here every patch has its own: what
+# this patch reads from the group's tokens by cross-attention, plus an embedding of the time. What it reads is not added
+# to x. It only modulates.
 
 
 class TimeEmbedding(nn.Module):
@@ -334,7 +339,7 @@ class TimeEmbedding(nn.Module):
 
     def waves(self, t: Tensor) -> Tensor:
         """cos, then sin of 1000 t · 10000^(-i / (C/2)), i < C/2: float32 [B, C]."""
-        half = self.mlp[2].bias.numel() // 2
+        half = self.mlp[2].bias.numel() // 2  # C / 2
         angles = 1000 * t.float()[:, None] * 10000.0 ** (-torch.arange(half, device=t.device) / half)
         return torch.cat((angles.cos(), angles.sin()), -1)
 
@@ -352,14 +357,14 @@ class DiffusionBlock(nn.Module):
         self.cond_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, rope: Tensor) -> Tensor:
-        """Patches x [B, P, C], times t [B] or [1], the group's tokens [B, n, C], rope [P, 32, 2] -> [B, P, C]."""
-        context = normalize(self.cond_embed(tokens))
-        normal = normalize(x)
+    def forward(self, x: Tensor, t: Tensor, group_z: Tensor, rope: Tensor) -> Tensor:
+        """Patches x [B, P, C], t [B] or [1], the group's z', projected to [B, n, C], rope [P, 32, 2] -> [B, P, C]."""
+        context = layer_norm(self.cond_embed(group_z))
+        normal = layer_norm(x)
         m = self.cross_attn(normal, context=context, rope=rope) + self.time_embed(t)[:, None]  # [B, P, C]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(m).chunk(6, -1)
         x = x + gate_a * self.attention(shift_a + (1 + scale_a) * normal, rope=rope)
-        return x + gate_m * self.mlp(shift_m + (1 + scale_m) * normalize(x))
+        return x + gate_m * self.mlp(shift_m + (1 + scale_m) * layer_norm(x))
 
 
 class DiffusionDecoder(nn.Module):
@@ -383,20 +388,20 @@ class DiffusionDecoder(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[1].weight)  # zero-initialised: a fresh block is the identity
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, repa: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x_t [B, 3, H, W]; t [B], or [1] for all; tokens, a group of z', [B, n, token_width].
+    def forward(self, x_t: Tensor, t: Tensor, group_z: Tensor, repa: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x_t [B, 3, H, W]; t [B], or [1] for all; group_z, the z' of a group of tokens, [B, n, token_width].
         -> velocity float32 [B, 3, H, W]; and with repa the REPA head's output [B, g·g, 768], g at most 16."""
         size, dtype = self.patch_size, self.patch_in.weight.dtype
         height, width = x_t.shape[2] // size, x_t.shape[3] // size
         rope = rope_2d(height, width, 0, x_t.device)
-        tokens = normalize(self.cond_mlp(tokens))
+        group_z = layer_norm(self.cond_mlp(group_z))  # [B, n, C], for all blocks
         patches = F.pixel_unshuffle(x_t, size).flatten(2).transpose(1, 2)  # [B, P, 3·size²] in the order (c, row, col)
         x, repa_features = self.patch_in(patches.to(dtype)), None
         for i, block in enumerate(self.blocks):
             if repa and i == self.repa_layer:
                 repa_features = self.read_repa(x, height, width)
-            x = block(x, t, tokens, rope)
-        out = self.patch_out(normalize(x)).float().transpose(1, 2).unflatten(2, (height, width))
+            x = block(x, t, group_z, rope)
+        out = self.patch_out(layer_norm(x)).float().transpose(1, 2).unflatten(2, (height, width))
         return F.pixel_shuffle(out, size), repa_features
 
     def read_repa(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -406,7 +411,7 @@ class DiffusionDecoder(nn.Module):
         return self.repa_head(grid.flatten(2).transpose(1, 2))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 5. Tokenizer
 # The parts of Fig. 4, with the sizes of the paper's model:
 #     image [3, 256, 256]                                              noise x0 [3, 256, 256]
@@ -420,12 +425,12 @@ class DiffusionDecoder(nn.Module):
 #     z', in 8 groups of 32  ------- group k, in part k of time ------>  | diffusion decoder (chapter 4), 8 steps
 #                                                                      image
 # Encoder. Patches and queries go through a transformer together. Query i reads all patches and the queries before it. A
-# patch reads no query: otherwise query i could learn through a patch, one block later, what a later query has read, and
+# patch reads no query: otherwise query i could read in a patch, one block later, what a later query had put there, and
 # the order of the tokens would be lost.
 #
-# Causal decoder. The diffusion decoder sees one group, but step k should also know what the earlier groups have said.
-# So a causal transformer lets every token read the tokens before it, and z' brings along what they said. It must be
-# causal, because z' of group k has to be complete before group k + 1 exists.
+# Causal decoder. The diffusion decoder sees one group only, so that every step costs the same; but step k should also
+# know what the earlier groups have said. So a causal transformer lets every token read the tokens before it, and z'
+# brings along what they said. It must be causal: z' of group k has to be complete before group k + 1 exists.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -447,13 +452,13 @@ class TokenizerConfig:
     diffusion_layers: int = 12
     num_steps: int = 0  # S, sampling steps; 0 means S = K
     time_shift: float = 2.0  # beta of eq. 5 and 8
-    # x1 is data_scale · image. The paper's equations have 1, its released weights 0.6: a fainter image stays below the
-    # noise for longer, so that more of the flow's way is spent where only the layout can be seen.
+    # x1 is data_scale · image; 1 in the paper's equations, 0.6 in its released weights. Noise hides a fainter image
+    # until later, so that more of the flow's steps see nothing but the layout.
     data_scale: float = 0.6
     group_rule: str = "ceil"  # of condition_group: "ceil" as in the paper, "nearest" as in the released weights
     repa_layer: int | None = 8  # REPA reads the state that enters this diffusion block; None: no REPA head
     commit_weight: float = 0.25  # of l_commit
-    init_std: float = 0.02  # of fresh Linears; narrow models start faster with 1/sqrt(width), which is far more
+    init_std: float = 0.02  # of fresh Linears; narrow models learn faster from 1/sqrt(width), which is larger
     max_tokens: int = 1024  # rows of the tables of queries and positions, of which the first N are used
 
     def __post_init__(self):
@@ -474,8 +479,7 @@ class StreamStep(typing.NamedTuple):
 
     @property
     def preview(self) -> Tensor:
-        """The newest; there always is one, since the first step uses the first group."""
-        return self.previews[-1]
+        return self.previews[-1]  # there is one, since the first step uses the first group
 
 
 class SequentialDiffusionTokenizer(nn.Module):
@@ -494,7 +498,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         self.decoder_embedding = nn.Embedding(c.max_tokens, c.decoder_width)  # learned positions
         self.decoder_layers = nn.ModuleList(GatedBlock(c.decoder_width) for _ in range(c.decoder_layers))
         init_linears(self, c.init_std)
-        # Codes enter the causal decoder far above the positions; else z' would hardly depend on them for long.
+        # Codes enter the causal decoder far above the positions; otherwise z' would long hardly depend on them.
         nn.init.normal_(self.quant_out.weight)
         nn.init.normal_(self.decoder_embedding.weight, std=0.02)
         self.diffusion = DiffusionDecoder(  # comes after init_linears, which would undo its zero-initialised layers
@@ -507,15 +511,15 @@ class SequentialDiffusionTokenizer(nn.Module):
         check_pixels(images, "images", c.encoder_patch)
         patches = self.patchify(images.to(self.patchify.weight.dtype))  # [B, C, H/p, W/p]
         height, width = patches.shape[2:]
-        patches = normalize(patches.flatten(2).transpose(1, 2))  # [B, P, C], row-major
+        patches = layer_norm(patches.flatten(2).transpose(1, 2))  # [B, P, C], row-major
         queries = self.query_linear(self.query_embedding.weight[: c.num_tokens]).to(patches.dtype)
         x = torch.cat((patches, queries.expand(len(images), -1, -1)), 1)  # [B, P+N, C]
         rope = rope_2d(height, width, c.num_tokens, x.device)
         mask = causal_mask(torch.arange(x.shape[1], device=x.device), x.shape[1])  # [P+N, P+N]
-        mask[:, : height * width] = True  # all read all patches
+        mask[:, : height * width] = True  # all read all patches; this mask lets no patch read a query
         for block in self.encoder_layers:
             x = block(x, rope=rope, mask=mask)
-        return self.quant_in(normalize(x[:, height * width :]))
+        return self.quant_in(layer_norm(x[:, height * width :]))
 
     def causal_decoder(self, z: Tensor) -> Tensor:
         """Code vectors z [B, n, D] of the first n tokens -> z' [B, n, decoder_width]."""
@@ -523,41 +527,41 @@ class SequentialDiffusionTokenizer(nn.Module):
         mask = causal_mask(torch.arange(z.shape[1], device=z.device), z.shape[1])
         for block in self.decoder_layers:
             x = block(x, mask=mask)
-        return normalize(x)
+        return layer_norm(x)
 
     def forward(self, images: Tensor, s=None, noise=None, code_noise=None) -> dict[str, Tensor]:
         """The training step of section 4: encode, quantize, draw a time, denoise with that time's group of z'.
         images: float [B, 3, H, W] in [-1, 1].
-        s: uniform times [B, R], one drawn for each image if None. R > 1 is ours: several times for one encoding.
+        s: uniform times [B, R], one drawn for each image if None. R > 1 is ours: one encoding serves several times.
         noise: x0 [B, R, 3, H, W], drawn if None.
-        code_noise: [B, N, D], for a codebook warm-up (ours): features are not quantized, and this noise stands for the
-            quantizer's error. At first all features are alike; quantized at once, they would use few codes for long.
-        Returns what tokenizer_loss needs: "fm", l_fm of eq. 2 divided by data_scale²; "vq", "commit" with its weight,
-        and "kept", the number of tokens that these two are means of; "pred_image", the jump estimates [B·R, 3, H, W],
-        not clamped; "repa" [B·R, g·g, 768], if there is a REPA head. And "codes", int64 [B, N]."""
+        code_noise: [B, N, D], for a codebook warm-up (ours): this noise is added to the features, which are not
+            quantized, in place of the quantizer's error. Fresh features are all alike and would share few codes.
+        Returns what tokenizer_loss needs: "fm", l_fm of eq. 2 divided by data_scale², an error in units of the image;
+        "vq" and "commit", times commit_weight, and "kept", the number of tokens of which both are means; "pred_image",
+        jump estimates [B·R, 3, H, W], not clamped; "repa" [B·R, g·g, 768], with a REPA head; "codes" int64 [B, N]."""
         c, batch = self.config, len(images)
         s = (torch.rand(batch, device=images.device) if s is None else s).view(batch, -1)  # [B, R]
         group = condition_group(s, c.num_groups, c.group_rule)  # [B, R]
 
-        # Tokens after the last group in use have no part in this step's velocity, and so no meaning yet that l_vq and
-        # l_commit could tie them to: these losses leave them out.
-        used = (group.amax(1, keepdim=True) + 1) * c.group_size
+        # The tokens after the group in use (the last one of R) have no part in this step's velocity: l_vq and l_commit,
+        # which tie a feature to its row, leave them out.
+        used = (group.amax(1, keepdim=True) + 1) * c.group_size  # [B, 1], tokens
         keep = torch.arange(c.num_tokens, device=images.device) < used  # [B, N]
         f = self.encoder(images)
         z, codes, vq, commit = self.quantize(f, keep)
         if code_noise is not None:
             z = F.normalize(F.normalize(f.float(), dim=-1) + code_noise, dim=-1)
-            vq, commit = 0 * vq, 0 * commit  # zero, but with a gradient, which processes that train together exchange
+            vq, commit = 0 * vq, 0 * commit  # not plain 0: DDP expects gradients (of 0) for the codebook
 
         groups = self.causal_decoder(z).unflatten(1, (c.num_groups, c.group_size))  # [B, K, N/K, C]
         image_number = torch.arange(batch, device=s.device)[:, None]  # [B, 1]
-        tokens = groups[image_number, group].flatten(0, 1)  # [B·R, N/K, C]: for each time its group
+        group_z = groups[image_number, group].flatten(0, 1)  # [B·R, N/K, C]: for each time its group
 
         t = shift_time(s, c.time_shift).flatten()  # [B·R]
         x1 = (c.data_scale * images.float()).repeat_interleave(s.shape[1], 0)  # [B·R, 3, H, W]
         x0 = torch.randn_like(x1) if noise is None else noise.view(x1.shape)
         x_t = interpolate(x0, x1, t)
-        v, repa_features = self.diffusion(x_t, t, tokens, repa=c.repa_layer is not None)
+        v, repa_features = self.diffusion(x_t, t, group_z, repa=c.repa_layer is not None)
         out = {"fm": F.mse_loss(v, x1 - x0) / c.data_scale**2, "vq": vq, "commit": c.commit_weight * commit}
         out |= {"kept": keep.sum(), "codes": codes, "pred_image": jump_estimate(x_t, v, t) / c.data_scale}
         return out if repa_features is None else out | {"repa": repa_features}
@@ -573,15 +577,15 @@ class SequentialDiffusionTokenizer(nn.Module):
         check_numbers("codes", codes, 2, self.config.codebook_size, self.config.num_tokens)
         return self.causal_decoder(self.quantize.lookup(codes))
 
-    def velocity(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        """D_FM(x_t, t, a group of z') of eq. 2, float32 [B, 3, H, W]."""
-        return self.diffusion(x_t, t, tokens)[0]
+    def velocity(self, x_t: Tensor, t: Tensor, group_z: Tensor) -> Tensor:
+        """D_FM(x_t, t, a group's z') of eq. 2, float32 [B, 3, H, W]."""
+        return self.diffusion(x_t, t, group_z)[0]
 
     @torch.no_grad()
     def denoise(
         self, code_groups: Iterable[Tensor], noise: Tensor, num_steps: int | None = None, solver: str = "ab2"
     ) -> Iterator[StreamStep]:
-        """The sampler: takes each step of the flow as soon as the group of tokens is there that it needs.
+        """The sampler: takes each step of the flow as soon as the group of tokens that it needs is there.
         code_groups: up to K groups, int64 [B, N/K], in order; noise: x0 [B, 3, H, W]. Yields a StreamStep for each."""
         c = self.config
         check_pixels(noise, "noise", c.diffusion_patch)
@@ -591,10 +595,10 @@ class SequentialDiffusionTokenizer(nn.Module):
         for k, codes in enumerate(code_groups):
             require(len(codes) == len(noise), f"noise for {len(noise)} pictures, codes for {len(codes)}")
             seen = codes if seen is None else torch.cat((seen, codes), 1)
-            tokens = self.causal_decoder(self.quantize.lookup(seen))[:, -c.group_size :]  # z' of group k
+            group_z = self.condition(seen)[:, -c.group_size :]  # z' of group k
             for t, t_next, group in schedule:
                 if group == k:
-                    v = self.velocity(x, x.new_full((1,), t), tokens)
+                    v = self.velocity(x, x.new_full((1,), t), group_z)
                     previews += (jump_estimate(x, v, t) / c.data_scale,)
                     x = solver_step(x, v, v_prev, t_next - t, solver)
                     v_prev = v
@@ -626,9 +630,9 @@ def tokenizer_loss(
     out: dict[str, Tensor], images: Tensor, lpips=None, lpips_weight=0.5, repa_target=None, repa_weight=0.5
 ) -> dict[str, Tensor]:
     """Eq. 7, the loss of the tokenizer, as its terms, each with its weight. The loss is their sum:
-        l = l_fm + (l_vq + 0.25 l_commit) + 0.5 l_LPIPS + 0.5 l_repa
-    l_fm asks for the mean velocity; few steps along it give blurred pictures. l_LPIPS asks that the jump estimate looks
-    like the image; l_repa, 1 - cosine between the REPA head's output and DINOv2's features, speeds up learning.
+        l = l_fm / data_scale² + (l_vq + 0.25 l_commit) + 0.5 l_LPIPS + 0.5 l_repa
+    l_fm alone gives blurred pictures: the mean of all details that would fit is smooth. l_LPIPS asks that the jump
+    estimate looks like the image; l_repa, 1 - cosine of the REPA head's output and DINOv2's features, speeds learning.
     out: what the tokenizer returned for images [B, 3, H, W] in [-1, 1]. lpips: (images, images) -> their distances.
     repa_target: DINOv2's features of the images, [B, g·g, 768]. A term whose network is None is left out."""
     terms = {name: out[name] for name in ("fm", "vq", "commit")}
@@ -642,15 +646,16 @@ def tokenizer_loss(
     return terms
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 6. Llama
-# A decoder-only transformer as it is used for text: RMSNorm, SwiGLU, RoPE along the sequence. It learns the probability
-# of an image's tokens, each given its class y and the tokens before it:
+# A decoder-only transformer as it is used for text: RMSNorm, SwiGLU, RoPE along the sequence. It is trained after the
+# tokenizer, on the tokens that encode() makes of the images. In this chapter z_i is the number of token i. The Llama
+# learns the probability of an image's tokens, each given the image's class y and the tokens before it:
 #     p(z | y) = p(z_1 | y) p(z_2 | y, z_1) ... p(z_N | y, z_1, ..., z_{N-1})                 eq. 6
 # Nothing in it knows about images. That is the point of D-AR: the order of the tokens is already right.
-#     place      0         1         2               N
-#     input      class y   z_1       z_2       ...   z_N
-#     output     z_1       z_2       z_3       ...             what is predicted at this place
+#     place                    0         1         2               N-1
+#     input                    class y   z_1       z_2       ...   z_{N-1}
+#     is to be predicted       z_1       z_2       z_3       ...   z_N
 
 
 @dataclasses.dataclass(frozen=True)
@@ -681,15 +686,15 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """An attention layer's keys and values, float [B, heads, length, 64] each. Those of earlier tokens never change; so
-    they are kept, and each token is run only once."""
+    """An attention layer's keys and values, float [B, heads, places, 64] each. Those of earlier tokens never change; so
+    they are kept, and generation runs each token only once."""
 
     def __init__(self, k: Tensor, v: Tensor):
         self.k, self.v = k, v
 
     def put(self, k: Tensor, v: Tensor, place: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Writes k, v [B, heads, n, 64] to the places int64 [n], and returns what is kept at the first `length` places.
-        What was not written yet is hidden by the mask."""
+        Places that were not written yet are hidden by attention's mask."""
         self.k.index_copy_(2, place, k.to(self.k.dtype))
         self.v.index_copy_(2, place, v.to(self.v.dtype))
         return self.k[:, :, :length], self.v[:, :, :length]
@@ -704,7 +709,7 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor, cache: KVCache | None = None, place=None) -> Tensor:
         """x [B, n, C], rope [n, 32, 2], mask bool [n, m] -> [B, n, C]. Without a cache m = n, and x attends to itself.
-        With one, x stands at the places int64 [n] and attends to the m places that the mask speaks of."""
+        With one, x stands at the places int64 [n], and attends to the first m places of the cache."""
         qkv = self.wqkv(x).unflatten(-1, (3, -1, HEAD_DIM)).permute(2, 0, 3, 1, 4)  # [3, B, heads, n, 64]
         (q, k), v = rotate(qkv[:2], rope), qkv[2]
         if cache is not None:
@@ -768,8 +773,8 @@ class ARTransformer(nn.Module):
         return x if labels is None else torch.cat((self.cls_embedding(labels)[:, None], x), 1)
 
     def run(self, x: Tensor, place: Tensor, length: int, caches: list[KVCache] | None = None) -> Tensor:
-        """Embeddings [B, n, C], which stand at the places int64 [n], -> hidden states [B, n, C]. They attend to one
-        another and to what the layers' caches keep of the first `length` places, later ones excepted."""
+        """Embeddings [B, n, C], which stand at the places int64 [n], -> hidden states [B, n, C]. Each attends to all
+        places up to its own; those that were run before are in the caches, of which the first `length` are read."""
         rope, mask = rope_1d(place), causal_mask(place, length)
         x = self.dropout(x)
         for i, block in enumerate(self.layers):
@@ -777,18 +782,18 @@ class ARTransformer(nn.Module):
         return self.norm(x)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Tokens int64 [B, n], n <= N, classes int64 [B] -> logits float32 [B, n+1, V]; those at i predict token i."""
+        """Tokens int64 [B, n], n <= N, classes int64 [B] -> logits float32 [B, n+1, V]: at place i, of z_{i+1}."""
         x = self.embed(codes, labels)
         place = torch.arange(x.shape[1], device=x.device)
         return self.output(self.run(x, place, x.shape[1])).float()
 
     def next_logits(self, x: Tensor, place: Tensor, length: int, caches: list[KVCache]) -> Tensor:
-        """Generation's step: embeddings [B, n, C] at the places int64 [n] -> logits float32 [B, V] of what comes after
-        the last. The caches hold the places before, and take these. n is 1, or more for a class and a prefix."""
+        """Generation's step: embeddings [B, n, C] at the places int64 [n] -> logits float32 [B, V] of the token after
+        the last. The caches hold the places before, and these n are added. n > 1 only for a class with a prefix."""
         return self.output(self.run(x, place, length, caches)[:, -1]).float()
 
     def new_caches(self, batch: int, length: int) -> list[KVCache]:
-        """An empty cache for each layer. Zeros, since hidden places have weight 0, and 0 · inf would be no number."""
+        """An empty cache for each layer. Zeros, since a hidden place has weight 0, but 0 · inf would be NaN."""
         heads, weight = self.config.width // HEAD_DIM, self.output.weight
         like = dict(device=weight.device, dtype=weight.dtype)
         return [KVCache(*torch.zeros(2, batch, heads, length, HEAD_DIM, **like)) for _ in self.layers]
@@ -798,13 +803,13 @@ class ARTransformer(nn.Module):
     ) -> Tensor:
         """Draws tokens int64 [B, num_tokens] (default: N) for classes int64 [B]; call eval() first. Arguments (also
         prefix, temperature, top_k, top_p) and errors are those of generate_groups."""
-        size = num_tokens or self.config.num_tokens
+        size = num_tokens or self.config.num_tokens  # of a group: all come at once
         return torch.cat(list(generate_groups(self, labels, size, num_tokens, cfg, seeds, greedy, **more)), 1)
 
 
 def ar_loss(model: nn.Module, codes: Tensor, labels: Tensor, dropped=None, num_classes: int | None = None) -> Tensor:
     """Eq. 6 as a loss: the mean of -log p(z | y) / N, nats per token, for codes int64 [B, N] and labels int64 [B]. The
-    model reads the class and all tokens but the last, and predicts all of them. dropped: bool [B], where true "no
+    model reads the class and all tokens but the last, and predicts all N. dropped: bool [B]; where it is true, "no
     class", number num_classes, is read instead. The recipe drops 10% of the classes at random, since guidance (chapter
     7) needs a model that can also do without one."""
     if dropped is not None:
@@ -813,17 +818,17 @@ def ar_loss(model: nn.Module, codes: Tensor, labels: Tensor, dropped=None, num_c
     return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 7. Generation
 # Tokens are drawn from left to right, each from the distribution that the Llama gives it. Guidance makes pictures look
 # more like their class, at the price of variety. The model is asked twice, with the class (logits c) and without
 # (logits u), and the difference is exaggerated:
 #     u + scale (c - u)                  scale 1: as it is; above 1: more of what the class changes
-# In the paper the scale rises from the first token to the last. Strong guidance would make all layouts alike, which the
-# first tokens decide; it makes details clean, which the last ones decide.
+# In the paper the scale rises from the first token to the last. The first tokens decide the layout, and strong guidance
+# would make all layouts alike; the last ones decide the details, and strong guidance makes these clean.
 #
-# All randomness of a picture comes from its own seed. So a picture does not depend on the batch that it is drawn in, or
-# on how many processes share the work.
+# All randomness of a picture comes from its own seed. So, but for rounding, a picture does not depend on the batch that
+# it is drawn in, or on how many processes share the work.
 
 
 def guidance_schedule(cfg: float | tuple[float, float] | None, num_tokens: int) -> list[float] | None:
@@ -840,7 +845,7 @@ def guidance_schedule(cfg: float | tuple[float, float] | None, num_tokens: int) 
 
 
 def resolve_seeds(seeds: int | list[int] | None, count: int) -> list[int]:
-    """A seed for each of count pictures: an int s means s, s+1, ...; None draws fresh ones. Else raises ValueError."""
+    """A seed for each of count pictures: an int s means s, s+1, ...; None draws fresh ones. Raises ValueError."""
     if seeds is None:
         return torch.randint(2**31, (count,)).tolist()
     seeds = [int(seed) for seed in seeds] if hasattr(seeds, "__len__") else [int(seeds) + i for i in range(count)]
@@ -899,8 +904,8 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 def generate_groups(
     ar, labels, group_size, num_tokens=None, cfg=(1.1, 8.0), seeds=None, greedy=False, prefix=None, **filters
 ) -> Iterator[Tensor]:
-    """Draws num_tokens (default: N) tokens for classes int64 [B], and yields int64 [B, group_size] whenever so many are
-    drawn. cfg: see guidance_schedule. seeds: see resolve_seeds. greedy: take the likeliest token. prefix: tokens int64
+    """Draws num_tokens (default: N) tokens for classes int64 [B], and yields int64 [B, group_size] whenever a group is
+    full. cfg: see guidance_schedule. seeds: see resolve_seeds. greedy: take the likeliest token. prefix: tokens int64
     [n] or [B, n] to keep as they are (section 5.1, zero-shot control). filters: of filter_logits. Raises ValueError."""
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = check_generation(ar.config, labels, count, prefix, **filters)  # [B, n]
@@ -918,7 +923,7 @@ def generate_groups(
     place = torch.arange(x.shape[1], device=labels.device)
     for i, gumbel in zip(range(count), noise):  # noise i belongs to token i, also when token i is given
         if i >= prefix.shape[1]:
-            length = min(64 * (i // 64 + 1), count)  # how far the caches are read: all places so far, in steps of 64
+            length = min(64 * (i // 64 + 1), count)  # all places so far, rounded up: few shapes for torch.compile
             logits = ar.next_logits(x, place, length, caches)  # [copies · B, V]
             if scales is not None:
                 logits = guide(logits, scales[i])
@@ -929,13 +934,13 @@ def generate_groups(
             yield codes[:, i - i % group_size : i + 1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 8. Streaming
 # Fig. 1: while the Llama writes, each finished group of tokens takes the picture one step on, and the velocity of that
 # step gives a preview for nothing.
 #
-# Another picture's layout for a class of one's own (Fig. 6) is three lines, since the first tokens carry the layout:
-#     prefix = tokenizer.encode(image)[:, :32]             # [1, 32]
+# The first tokens carry the layout. So a class takes over another picture's layout (Fig. 6) in three lines:
+#     prefix = tokenizer.encode(image)[:, :32]             # image [1, 3, 256, 256] -> [1, 32], the first group
 #     for step in stream(ar, tokenizer, labels=torch.tensor([207]), prefix=prefix):
 #         show(step.preview)
 # An eighth to a half of the tokens is worth trying: the fewer are kept, the more is left to the class.
@@ -944,9 +949,9 @@ def generate_groups(
 def stream(
     ar, tokenizer, labels: Tensor, cfg=(1.1, 8.0), seeds=None, noise=None, num_steps=None, solver="ab2", **sampling
 ) -> Iterator[StreamStep]:
-    """Section 3.3: yields a StreamStep after each group of N/K tokens. The last one's x is the finished picture, which
-    decode() makes too of these tokens and this noise. noise: x0, from each picture's seed if None. num_steps and solver
-    are decode()'s; the others, also greedy, prefix, temperature, top_k and top_p, generate_groups'."""
+    """Section 3.3: yields a StreamStep after each group of N/K tokens. The last one's x is the finished picture, as
+    decode() makes it of its codes and this noise. noise: x0, from each picture's seed if None. num_steps and solver are
+    decode()'s; labels, cfg, seeds and the rest (greedy, prefix, temperature, top_k, top_p) generate_groups'."""
     check_same_tokens(ar.config, tokenizer.config)
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
@@ -955,7 +960,7 @@ def stream(
     return tokenizer.denoise(groups, noise, num_steps, solver)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 9. Checkpoints (the lesson has ended; the rest is needed to run it)
 # Ours are plain dicts and tensors: {"format", "kind", "config", "model"} and perhaps "ema" (averaged weights, which
 # loading prefers), "class_names", "tokenizer" (inside a Llama's) and "training" (what resuming needs). The authors' are
@@ -985,41 +990,38 @@ def read_checkpoint(path: str | Path) -> dict:
             with zipfile.ZipFile(path) as file:  # what torch.load takes on trust
                 for entry in file.infolist():
                     require(entry.compress_type == zipfile.ZIP_STORED, "tensors are read where they lie, uncompressed")
-                    with file.open(entry) as opened:  # compares the name that stands there, and the pickle's checksum
+                    with file.open(entry) as opened:  # compares names; and reading to the end, the checksum
                         opened.read(-1 if entry.filename.endswith("data.pkl") else 0)
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a damaged file can fail in any way there is
             found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
             if found and "weights_only" in str(error):
                 raise ValueError(f"refused: it holds {found[1]}, which could run code; only plain data loads") from None
-            hint = "copy it again; one of an old torch: load it with that and torch.save it anew"
+            hint = "copy it again; a file of an old torch: torch.load and torch.save it there"
             raise ValueError(f"damaged, or not in torch's zip format ({hint})") from None
         require(isinstance(data, dict), f"holds a {type(data).__name__}, expected a checkpoint's dict")
     return data
 
 
 def save_checkpoint(path, model: nn.Module, ema=None, training: dict | None = None, dtype=None, before=None) -> None:
-    """Writes a tokenizer, or a Llama with its tokenizer and class names. ema: the model of averaged weights. training:
-    plain data for resuming. dtype: of the weights."""
+    """Writes a tokenizer, or a Llama with its tokenizer and class names, weights in dtype. ema: the model of averaged
+    weights. training: plain data for resuming."""
 
     def as_dict(of: nn.Module) -> dict:
         kind = "ar" if isinstance(of, ARTransformer) else "tokenizer"
         weights = {name: value.detach().to("cpu", dtype) for name, value in of.state_dict().items()}
         return {"format": FORMAT, "kind": kind, "config": dataclasses.asdict(of.config), "model": weights}
 
-    data = as_dict(model)
-    if getattr(model, "tokenizer", None) is not None:
-        data["tokenizer"] = as_dict(model.tokenizer)
-    if getattr(model, "class_names", None) is not None:
-        data["class_names"] = list(model.class_names)
-    more = {"ema": ema and as_dict(ema)["model"], "training": training}
-    data |= {name: value for name, value in more.items() if value is not None}
+    tokenizer, names = getattr(model, "tokenizer", None), getattr(model, "class_names", None)
+    more = {"tokenizer": tokenizer and as_dict(tokenizer), "class_names": names and list(names), "training": training}
+    more |= {"ema": ema and as_dict(ema)["model"]}
+    data = as_dict(model) | {name: value for name, value in more.items() if value is not None}
     write_atomically(path, lambda file: torch.save(data, file), before)
 
 
 def write_atomically(path: str | Path, write: Callable, before: Path | None = None) -> None:
-    """Calls write(file) on PATH.tmp, flushes it to the disk and renames it to path: the file appears whole or not at
-    all. What was there is renamed to `before`, if that is given. Raises OSError."""
+    """Calls write(file) on PATH.tmp, flushes it to the disk and renames it to path, which appears whole or not at all.
+    What was there is renamed to `before`, if given. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -1052,8 +1054,7 @@ def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens: int | No
     """A Llama, likewise. tokenizer: instead of the file's. num_tokens: N, where no file tells it (default: 256)."""
     data = read_checkpoint(path)
     with about(path):
-        if tokenizer is None and "format" in data and "tokenizer" in data:
-            require(isinstance(data["tokenizer"], dict), "its tokenizer is no checkpoint's dict")
+        if tokenizer is None and "format" in data and isinstance(data.get("tokenizer"), dict):
             tokenizer = load_tokenizer("its tokenizer", device, dtype, data["tokenizer"])
         config, state = recognise(data, ARConfig, "a Llama", "tok_embeddings.weight")
         if config is None:  # a released file
@@ -1090,7 +1091,6 @@ def recognise(data: dict, config_class, kind: str, key: str) -> tuple[typing.Any
             name = re.sub(pattern, ours, str(name))
         if name.startswith(("quant_", "diffusion.patch_")) and isinstance(value, Tensor) and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]  # released 1x1 convolutions are our Linears
-        require(name not in state, f"{name} stands in it twice, with and without a prefix")
         state[name] = value
     state.pop("quantize.codebook_used", None)  # the authors' count of used codes, no weight
     require(key in state, f"expected {kind}, but it has no {key}")
@@ -1114,16 +1114,13 @@ def depth_of(state: dict, prefix: str) -> int:
 
 
 def released_config(config, state: dict) -> TokenizerConfig:
-    """Sizes from the weights' shapes; N, K, S, data scale and beta from the file's config, else v1's."""
+    """Sizes from the weights' shapes; N, K, S, data scale and beta from the file's config, otherwise v1's."""
     if isinstance(config, types.SimpleNamespace):
-        config = vars(config).get("_data")
+        config = vars(config).get("_data")  # of the stand-in for their Config
     config = {} if config is None else config.get("model", config) if isinstance(config, dict) else config
     diffusion = config.get("diff_decoder", {}) if isinstance(config, dict) else None
     require(isinstance(diffusion, dict), "its config is no dict of settings")
     says = diffusion | config
-    for name, wanted in {"vq_enable": True, "mlp_head": False, "share_time_encoding": False}.items():
-        said = says.get(name, wanted)
-        require(said is wanted, f"its config says {name} = {said!r}; only {wanted} is supported")
     fields = {ours: says[theirs] for theirs, ours in RELEASED_SETTINGS.items() if theirs in says}
     fields["encoder_width"], _, fields["encoder_patch"], _ = shape_of(state, "patchify.weight", 4)
     fields["codebook_size"], fields["code_dim"] = shape_of(state, "quantize.embedding.weight", 2)
@@ -1151,7 +1148,7 @@ def assign_weights(model_class, config, state: dict, device, dtype) -> nn.Module
         raise ValueError(f"weights do not fit the model: {' '.join(str(error).split())[:1500]}") from None
     model.load_state_dict({name: value.to(device, dtype, copy=True) for name, value in state.items()}, assign=True)
     for name, value in model.state_dict().items():
-        if not torch.stack(torch.aminmax(value.float() if value.itemsize == 1 else value)).isfinite().all():
+        if not torch.stack(torch.aminmax(value.float())).isfinite().all():
             raise FloatingPointError(f"{name} is not finite, as after a failed training")
     return model.eval()
 
@@ -1202,9 +1199,9 @@ def check_pixels(images: Tensor, what: str, patch: int, most: float = math.inf) 
     fits = images.ndim == 4 and channels == 3 and height * width and height % patch == width % patch == 0
     require(fits, f"{what} {list(images.shape)}: expected [B, 3, H, W], with multiples of the patch size {patch}")
     look = most < math.inf and images.numel() and not torch.compiler.is_compiling()
-    low, high = (x.item() for x in images.aminmax()) if look else (0, 0)
-    wanted = f"{images.dtype} from {low:.4g} to {high:.4g}, expected floats in [-1, 1]; uint8 needs dar.to_float"
-    require(images.is_floating_point() and -most <= low and high <= most, f"{what}: {wanted}")
+    top = images.float().abs().max().item() if look else 0
+    wanted = f"{images.dtype} up to {top:.4g}, expected floats in [-1, 1]; uint8 needs dar.to_float"
+    require(images.is_floating_point() and top <= most, f"{what}: {wanted}")
 
 
 def check_generation(c: ARConfig, labels, count, prefix, temperature=1.0, top_k=0, top_p=1.0) -> Tensor:
@@ -1243,9 +1240,9 @@ AR_PRESETS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # 10. Shared tools
-# What sampling, metrics and trainings share: speed (the same results but for rounding), processes, pictures
+# What sampling, metrics and trainings share: speed (same results but for rounding), processes, pictures.
 
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # the processor has units for products of bfloat16 matrices
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -1261,33 +1258,33 @@ def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
     options = dict(mode="reduce-overhead", fullgraph=True, dynamic=False)
     if not compile:
         pack_linears(model)
-    elif isinstance(model, ARTransformer) and "next_logits" not in vars(model):
+    elif isinstance(model, ARTransformer) and "next_logits" not in vars(model):  # once
         model.new_caches = KeptCaches(model.new_caches)
         plain, fast = model.next_logits, quiet_compile(model.next_logits, **options)
         model.next_logits = lambda x, *more: (fast if x.shape[1] == 1 else plain)(x, *more)  # a prefix is read once
-    elif isinstance(model, SequentialDiffusionTokenizer) and "velocity" not in vars(model):
+    elif isinstance(model, SequentialDiffusionTokenizer) and "velocity" not in vars(model):  # once
         step = quiet_compile(model.velocity, **options)
-        # contiguous, else each group is compiled for itself; a copy, since the next launch writes over its result
+        # contiguous: one compilation serves all groups; a copy, since the next launch writes over its result
         model.velocity = lambda x, t, tokens: step(x, t, tokens.contiguous()).clone()
     return model
 
 
 def quiet_compile(function: Callable, **options) -> Callable:
-    """torch.compile that says less, and allows for many sizes of batch."""
+    """torch.compile, with fewer remarks and for many batch sizes."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # remarks that there is no GPU
     torch._dynamo.config.recompile_limit = 256
     return torch.compile(function, **options)
 
 
 class KeptCaches:
-    """ARTransformer.new_caches in the last batch's memory, to which CUDA graphs are bound, unless that is in use."""
+    """new_caches in the last batch's memory, to which CUDA graphs are bound, unless that is in use."""
 
     def __init__(self, new_caches: Callable):
         self.new_caches, self.size, self.kept, self.user = new_caches, None, [], lambda: None
 
     def __call__(self, *size: int) -> list[KVCache]:
         if size != self.size or self.user() is not None:
-            with torch.inference_mode(False):  # else they could not be written to outside of it
+            with torch.inference_mode(False):  # its tensors could not be written to outside of it
                 self.size, self.kept = size, [(cache.k, cache.v) for cache in self.new_caches(*size)]
         for buffer in itertools.chain(*self.kept):
             torch._dynamo.mark_static_address(buffer.zero_())
@@ -1310,7 +1307,7 @@ def pack_linears(model: nn.Module) -> None:
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """attend by torch's kernel, or in plain products where they are faster: 2 to 9 times, in bfloat16 on most CPUs."""
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if not slow or HAS_AMX and not torch.is_grad_enabled():
+    if not slow or (HAS_AMX and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     q, k, v, parts = q / HEAD_DIM**0.5, k.transpose(-1, -2).contiguous(), v.contiguous(), []
     for i in range(0, q.shape[2], 128):  # queries at a time: their scores stay in the processor's cache
@@ -1329,7 +1326,7 @@ def _rotate_in_real_numbers(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Linux's malloc returns large freed blocks to the system; keeping them saves a tenth of a training step."""
+    """Keeps large freed blocks, which Linux's malloc gives back; saves a tenth of a training step."""
     malloc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(malloc, "mallopt"):  # glibc
         malloc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
@@ -1457,8 +1454,7 @@ def load_rgb(path: str | Path) -> Image.Image:
                 require(values.min() >= -top / 2 and top < math.inf, f"{values.min()} to {top}, not 0 to 1, 255, 65535")
                 return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")
         except Exception as error:  # a damaged file can make a decoder fail in any way there is
             raise ValueError(f"{path}: not a readable image ({error})") from None

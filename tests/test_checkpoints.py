@@ -250,9 +250,6 @@ def test_without_a_step_count_the_config_means_one_step_a_group(tmp_path, tiny_t
 @pytest.mark.parametrize(
     "config, named",
     [
-        ({"model": released_config(vq_enable=False)}, "vq_enable.*False"),
-        ({"model": released_config(mlp_head=True)}, "mlp_head.*True"),
-        ({"model": released_config(share_time_encoding=True)}, "share_time_encoding.*True"),
         ({"model": released_config(num_all_queries=9)}, "9"),  # not divisible by K = 4
         ({"model": released_config(num_all_queries=260)}, "260"),  # the tables have 256 rows
         ({"model": released_config(num_query_groups="four")}, "four"),
@@ -360,7 +357,6 @@ SIZES = {"width": 64, "layers": 2, "vocab_size": 16, "num_classes": 3, "num_toke
         ("class_names", ["cat", "dog"], "class_names"),
         ("class_names", "cat", "class_names"),
         ("class_names", [1, 2, 3], "class_names"),
-        ("tokenizer", 3, "tokenizer"),
         ("tokenizer", {}, "tokenizer"),
     ],
     ids=str,
@@ -402,7 +398,6 @@ def test_all_that_is_wrong_with_the_keys_stands_in_one_message(tmp_path, tiny_to
         ("output.weight", [[0.0] * 64] * 16),
         ("output.weight", "weights"),
         ("output.weight", None),
-        ("module.norm.weight", torch.zeros(64)),  # two keys of one name
         ("layers.9999.attention.wo.weight", torch.zeros(64, 64)),
         (3, torch.zeros(2)),
         (None, torch.zeros(2)),

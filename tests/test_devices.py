@@ -63,6 +63,8 @@ def gpu(machine, monkeypatch):
 
     monkeypatch.setattr(dar, "picture_generators", no_generators)
     monkeypatch.setattr(dar, "check_numbers", right_device_and_type)
+    check_shape = dar.check_pixels
+    monkeypatch.setattr(dar, "check_pixels", lambda images, what, patch, most=0: check_shape(images, what, patch))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with machine[0], torch.no_grad():
         yield machine[1]

@@ -64,7 +64,7 @@ def test_blocks_begin_as_the_identity():
     net, (x_t, t, condition) = fresh(), inputs()
     calls = captured_inputs(net.patch_in), captured_inputs(net.patch_out)
     net(x_t, t, condition)
-    torch.testing.assert_close(calls[1][0], dar.normalize(net.patch_in(calls[0][0])))
+    torch.testing.assert_close(calls[1][0], dar.layer_norm(net.patch_in(calls[0][0])))
 
 
 def test_linears_start_with_standard_deviation_0_02_and_without_bias():
@@ -157,8 +157,8 @@ def test_the_modulation_is_made_from_what_a_patch_read_plus_the_time(random_weig
     calls = captured_inputs(block.adaLN_modulation[1])
     block(x, t, condition, rope)
     hidden = condition @ block.cond_embed[0].weight.T + block.cond_embed[0].bias
-    context = dar.normalize((hidden * hidden.sigmoid()) @ block.cond_embed[2].weight.T + block.cond_embed[2].bias)
-    summed = block.cross_attn(dar.normalize(x), context, rope) + block.time_embed(t)[:, None]
+    context = dar.layer_norm((hidden * hidden.sigmoid()) @ block.cond_embed[2].weight.T + block.cond_embed[2].bias)
+    summed = block.cross_attn(dar.layer_norm(x), context, rope) + block.time_embed(t)[:, None]
     torch.testing.assert_close(calls[0], summed * summed.sigmoid())  # [B, P, C]: one for each patch
 
 
@@ -169,8 +169,8 @@ def test_shift_scale_and_gate_come_in_order_first_for_attention_then_for_the_mlp
         block.adaLN_modulation[1].weight.zero_()
         block.adaLN_modulation[1].bias.copy_(constants.flatten())
     x = torch.randn(2, 6, WIDTH)
-    y = x + gate_a * block.attention(dar.normalize(x) * (1 + scale_a) + shift_a, rope=rope)
-    expected = y + gate_m * block.mlp(dar.normalize(y) * (1 + scale_m) + shift_m)
+    y = x + gate_a * block.attention(dar.layer_norm(x) * (1 + scale_a) + shift_a, rope=rope)
+    expected = y + gate_m * block.mlp(dar.layer_norm(y) * (1 + scale_m) + shift_m)
     torch.testing.assert_close(block(x, torch.rand(2), torch.randn(2, 3, WIDTH), rope), expected, rtol=1e-4, atol=1e-4)
 
 
