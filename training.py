@@ -9,7 +9,8 @@ A training of several days is stopped and started many times, and goes on bit fo
 a checkpoint holds all that decides the next steps: the weights, their average, the optimizer's moments, the loss scale,
 the step's number, and the sums for the log's next row. It holds no random generator's state, because none outlives a
 step: which image sample p is, its crop, time and noise come from new generators seeded with p, and the Llama's dropout
-from one seeded with the step's number. The same numbers added in the same order give the same bits.
+from one seeded with the step's number. So step 1000 draws the same numbers before and after a kill, and the same
+command on the same machines adds the same numbers in the same order: that gives the same bits.
 """
 
 import argparse
@@ -94,8 +95,7 @@ class ImageData:
 
     def refuse_if_corrupt(self, unreadable: int, read: int) -> None:
         """Raises ValueError if over 1% of the images were unreadable: that is no accident any more."""
-        message = f"{self.source}: {unreadable} unreadable images, over 1%"
-        dar.require(unreadable <= 0.01 * max(read, len(self)), message)
+        dar.require(unreadable <= 0.01 * max(read, len(self)), f"{self.source}: {unreadable} unreadable, over 1%")
 
 
 # Step n of batch size B takes the samples number nB ... nB + B - 1, whatever the number of processes.
@@ -192,7 +192,7 @@ class Arguments:
     compile: bool = option("torch.compile the model", False)
     checkpoint_blocks: bool = option("recompute activations in backward: less memory, more time", False)
     device: str = option("auto: the fastest there is", "auto", choices=["auto", "cpu", "cuda", "mps"])
-    workers: int | None = option("processes that decode images (default: up to 8; 0 below 64 pixels)", least=0)
+    workers: int | None = option("processes that decode images (default: up to 8)", least=0, most=256)
     log_every: int = option("steps from row to row of log.csv (default: 50)", 50, least=1)
     picture_every: int = option("steps from picture to picture (default: 500)", 500, least=1)
     save_every: int = option("steps from checkpoint to checkpoint (default: 500)", 500, least=1)
@@ -237,8 +237,8 @@ class TrainingRun:
         self.settings = {"seed": args.seed, "batch": args.batch, "ema": ema is not None} | settings
         self.share = max(1, args.batch // processes.world)  # images that one process takes in a step
         self.micro = args.micro_batch or self.share
-        fits, world = args.batch % (processes.world * self.micro) == 0, processes.world
-        dar.require(fits, f"--batch {args.batch} is not divided by {world} processes times --micro-batch {self.micro}")
+        wanted = f"--batch {args.batch} is not divided by {processes.world} processes times --micro-batch {self.micro}"
+        dar.require(args.batch % (processes.world * self.micro) == 0, wanted)
         fast = "bfloat16" if dar.has_fast_bfloat16(processes.device) else "float32"
         self.dtype = getattr(torch, fast if args.precision == "auto" else args.precision)
         self.autocast = partial(torch.autocast, processes.device.type, self.dtype, self.dtype != torch.float32)
@@ -387,7 +387,7 @@ class TrainingRun:
         self.clock = self.step + 1, time.time()  # pictures and measurements do not count as training
 
     def cut_log(self) -> None:
-        """log.csv gets back its length at the checkpoint: what was logged since will happen again."""
+        """log.csv gets back its length at the checkpoint. No row is read: a torn or edited one stops no run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.csv", "ab") as file:
             if file.truncate(min(self.log_length, file.tell())) == 0:
