@@ -93,9 +93,9 @@ class ImageData:
                 print(f"warning: {error}; the next image takes its place", file=sys.stderr)
         raise ValueError(f"{self.source}: not one of its {len(self)} images can be read")
 
-    def refuse_if_corrupt(self, unreadable: int, read: int) -> None:
+    def refuse_if_corrupt(self, bad: int, read: int) -> None:
         """Raises ValueError if over 1% of the images were unreadable: that is no accident any more."""
-        dar.require(unreadable <= 0.01 * max(read, len(self)), f"{self.source}: {unreadable} unreadable, over 1%")
+        dar.require(bad <= 0.01 * max(read, len(self)), f"{self.source}: {bad} unreadable images, over 1%")
 
 
 # Step n of batch size B takes the samples number nB ... nB + B - 1, whatever the number of processes.
