@@ -5,12 +5,12 @@
     Arguments        the command line that both trainings have
     TrainingRun      the optimisation step, the loop, the log, saving and resuming
 
-A training of several days is stopped and started many times, and goes on bit for bit as if there had been no stop. So
-a checkpoint holds all that decides the next steps: the weights, their average, the optimizer's moments, the loss scale,
+A training of several days is killed and started many times, and goes on as if nothing had been, bit for bit. So a
+checkpoint holds all that decides the next steps: the weights, their average, the optimizer's moments, the loss scale,
 the step's number, and the sums for the log's next row. It holds no random generator's state, because none outlives a
-step: which image sample p is, its crop, time and noise come from new generators seeded with p, and the Llama's dropout
-from one seeded with the step's number. So step 1000 draws the same numbers before and after a kill, and the same
-command on the same machines adds the same numbers in the same order: that gives the same bits.
+step: sample p's image, crop, time and noise come from new generators seeded with p, and the Llama's dropout from one
+seeded with the step's number. So step 1000 draws the same numbers before and after a kill; and the same command on the
+same machines adds them in the same order, which gives the same bits.
 """
 
 import argparse
@@ -44,8 +44,8 @@ COLOURS = "red", "orange", "limegreen", "deepskyblue", "blue", "purple", "black"
 
 
 def draw_shape(index: int, size: int) -> Image.Image:
-    """The index-th picture of the procedural dataset, classes in turn: a shape in one of eight colours, of any size, in
-    the middle of a white ground. More colours, places and angles are too much for a first training of minutes."""
+    """Picture `index` of a drawn dataset, classes in turn: a shape of any size and one of eight colours, in the middle
+    of a white ground. More colours, places and angles are too much to learn in minutes."""
     rng, scale = np.random.default_rng(index), 4 * size  # drawn large and averaged down: smooth edges
     colour, radius = COLOURS[rng.integers(len(COLOURS))], scale * rng.uniform(0.32, 0.47)
     corners, inner, turn = list(SHAPES.values())[index % len(SHAPES)]
@@ -58,7 +58,7 @@ def draw_shape(index: int, size: int) -> Image.Image:
 
 class ImageData:
     """Labelled images: a folder with one sub-folder a class, or the word "shapes" (see draw_shape). labels: int64 [n].
-    digest: of the list of files. Raises OSError or ValueError, naming the folder, if there is nothing to train on."""
+    digest: of the list of files. Raises OSError or ValueError if there is nothing to train on."""
 
     def __init__(self, source: str, size: int, held_out: bool = False):
         self.source, self.size = source, size
@@ -116,7 +116,7 @@ def sample_rng(seed: int, position: int) -> np.random.Generator:
 
 
 class Samples(torch.utils.data.Dataset):
-    """Sample number -> (uint8 image [3, H, W], label, number, whether another image took a corrupt one's place).
+    """Sample number -> (uint8 image [3, H, W], label, number, whether it stands in for a corrupt one).
     transform(PIL image, the sample's own numpy generator) crops the image and perhaps mirrors it."""
 
     def __init__(self, data: ImageData, transform, seed: int):
@@ -137,14 +137,14 @@ def leave_signals_to_the_parent(worker: int) -> None:
 
 
 class EMA:
-    """Exponential moving average of a model's weights, a second model in eval mode. updates: those before this one."""
+    """Exponential moving average of a model's weights: a second model, in eval mode."""
 
     def __init__(self, model: nn.Module):
         tokenizer = getattr(model, "tokenizer", None)  # a Llama's, which needs no copy
         self.model = copy.deepcopy(model, {id(tokenizer): tokenizer}).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def update(self, model: nn.Module, updates: int) -> None:
+    def update(self, model: nn.Module, updates: int) -> None:  # updates: how many there were before
         decay = min(0.999, (1 + updates) / (10 + updates))  # small at first, to forget the random weights
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
@@ -152,8 +152,8 @@ class EMA:
 @dataclasses.dataclass
 class LossScaler:
     """float16 rounds gradients below 6e-8 to 0. So the loss is multiplied by a large scale before the backward pass,
-    and the gradients are divided by it after. A step whose gradients overflowed is skipped and the scale halved; after
-    2000 steps without overflow it doubles. Other precisions need none of this."""
+    and the gradients are divided by it after. If they overflow, the step is skipped and the scale halved; after 2000
+    steps without overflow it doubles. Other precisions need none of this."""
 
     enabled: bool
     scale: float = 65536.0
@@ -178,7 +178,7 @@ def option(help: str, default=None, least=-math.inf, most=10**9, required=False,
 class Arguments:
     """The command line of both trainings. A number that is None will be the recipe's."""
 
-    data: str | None = option("folder with one sub-folder of images a class, or the word 'shapes'", required=True)
+    data: str | None = option("folder with a sub-folder of images for each class, or: shapes", required=True)
     val: str | None = option("the same, held out: measured every --picture-every steps")
     out: str | None = option("folder of the run; an existing run there is continued", required=True)
     steps: int | None = option("optimisation steps", least=1)
@@ -225,8 +225,8 @@ def check_arguments(args: Arguments, recipe: dict) -> None:
 class TrainingRun:
     """A training and its folder --out: last.pt, previous.pt (the checkpoint before it), log.csv and pictures.
     settings: {what: value} that must not change from one start to the next; every other argument may, and is obeyed.
-    terms: of the loss. columns: more of log.csv. next: the command for afterwards. Raises ValueError if the processes
-    cannot share the batch, or if another run is in the folder, naming what differs."""
+    terms: of the loss. columns: more of log.csv. next: the command for afterwards. Raises ValueError if processes
+    cannot share the batch, or naming what differs from the run in the folder."""
 
     COUNTED = "step", "unreadable", "sums", "log_length"
 
@@ -237,17 +237,17 @@ class TrainingRun:
         self.settings = {"seed": args.seed, "batch": args.batch, "ema": ema is not None} | settings
         self.share = max(1, args.batch // processes.world)  # images that one process takes in a step
         self.micro = args.micro_batch or self.share
-        wanted = f"--batch {args.batch} is not divided by {processes.world} processes times --micro-batch {self.micro}"
-        dar.require(args.batch % (processes.world * self.micro) == 0, wanted)
+        fits, world = args.batch % (processes.world * self.micro) == 0, processes.world
+        dar.require(fits, f"--batch {args.batch} is not divided by {world} processes times --micro-batch {self.micro}")
         fast = "bfloat16" if dar.has_fast_bfloat16(processes.device) else "float32"
         self.dtype = getattr(torch, fast if args.precision == "auto" else args.precision)
         self.autocast = partial(torch.autocast, processes.device.type, self.dtype, self.dtype != torch.float32)
         self.scaler = LossScaler(self.dtype == torch.float16)
         self.step = self.unreadable = self.newly_unreadable = self.log_length = 0
         self.received = self.signal = 0  # a signal to this process; one for which all stop
-        self.fastest, self.slow = math.inf, 0  # seconds of the fastest step; how many more steps were slow than not
+        self.fastest, self.slow = math.inf, 0  # seconds of the fastest step; slow steps less others
         self.means = ["loss", *terms, "grad_norm"]  # columns of log.csv
-        self.sums = torch.zeros(len(self.means) + 1, dtype=torch.float64)  # since the last row; and the number of steps
+        self.sums = torch.zeros(len(self.means) + 1, dtype=torch.float64)  # since the last row; then the steps
         self.columns = ["step", *self.means, *"lr images_per_s memory_mb unreadable skipped".split(), *columns]
         if args.resume == "auto":
             self.restore()
@@ -263,7 +263,7 @@ class TrainingRun:
     def optimise(self, losses, chunks: list, rate: float) -> None:
         """One step at learning rate `rate`. chunks: this process's micro-batches. losses(chunk) -> {term: scalar};
         their sum, added up over chunks and averaged over processes, is the loss of the batch. Raises
-        FloatingPointError if it or a gradient is not finite, before that can reach weights or averages."""
+        FloatingPointError if it or a gradient is not finite, before that reaches the weights."""
         scale = self.scaler.scale if self.scaler.enabled else 1.0
         totals = torch.zeros(len(self.means) - 1, device=self.processes.device)  # the loss, and its terms
         self.optimizer.zero_grad()
@@ -293,8 +293,8 @@ class TrainingRun:
         self.scaler.update(finite)
 
     def share_news(self, totals: Tensor) -> list[float]:
-        """The one message of a step: averages totals over the processes, counts their corrupt files, and tells all of a
-        signal that reached one of them, so that they stop after the same step."""
+        """A step's one message: averages totals over the processes, counts their corrupt files, and tells all of a
+        signal that reached one, so that they stop after the same step."""
         got = [self.received == number for number in STOP_SIGNALS]
         mine = totals.new_tensor([self.newly_unreadable, *got])
         news = self.processes.reduce(torch.cat((totals / self.processes.world, mine)), "SUM")
@@ -304,7 +304,7 @@ class TrainingRun:
         return totals
 
     def steps(self, samples: Samples) -> Iterator[tuple[int, list]]:
-        """Yields each step and this process's micro-batches: (images, labels, sample numbers). After a step it saves if
+        """Yields each step and this process's micro-batches: (images, labels, sample numbers). Saves after a step if
         that is due or a signal came, which also ends the loop."""
         args, device, first = self.args, self.processes.device, self.processes.rank == 0
         self.data = samples.data
@@ -337,13 +337,13 @@ class TrainingRun:
             print(f"done; pictures: {self.folder / 'step-*.png'}; next: python {self.next}", file=sys.stderr)
 
     def notice_slowness(self, seconds: float) -> None:
-        """Says once that steps have become slow, if a CPU's threads may be why: they spin while they wait."""
+        """Says once that a CPU's steps have become slow. Its threads spin while they wait for others."""
         self.fastest = min(self.fastest, seconds)
         self.slow = max(0, self.slow + (1 if seconds > 2 * self.fastest else -1))
         if self.slow == 10 and self.processes.device.type == "cpu" and torch.get_num_threads() > 1:
-            advice = "if another program is busy here, OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE helps"
+            advice = "beside another busy program OMP_NUM_THREADS=1 or OMP_WAIT_POLICY=PASSIVE helps"
             print(f"warning: {seconds:.2g} s a step, the fastest took {self.fastest:.2g}; {advice}", file=sys.stderr)
-            self.fastest = 0.0  # said once: from now on all steps are slow
+            self.fastest = 0.0  # all steps are slow from now on, so this is said once
 
     def remember_signal(self, number: int, frame) -> None:
         # A second Ctrl-C does not wait for the step to end; but torchrun sends every one twice.
@@ -394,7 +394,7 @@ class TrainingRun:
                 file.write(",".join(self.columns).encode())
 
     def save(self) -> None:
-        """Writes last.pt. The one before becomes previous.pt, every --keep-every steps one is kept as step-N.pt."""
+        """Writes last.pt; the one before becomes previous.pt. Every --keep-every steps it also writes step-N.pt."""
         with open(self.folder / "log.csv", "ab") as log:
             self.log_length = log.tell()
         training = {name: getattr(self, name) for name in ("settings", *self.COUNTED)}
@@ -405,7 +405,7 @@ class TrainingRun:
         dar.save_checkpoint(self.folder / "last.pt", *models, training, before=self.folder / "previous.pt")
 
     def restore(self) -> None:
-        """Goes on from last.pt, or from previous.pt if that is damaged or missing; does nothing in a new folder."""
+        """Goes on from last.pt, or previous.pt if that is damaged or missing. A new folder changes nothing."""
         damaged = []
         for path in (self.folder / "last.pt", self.folder / "previous.pt"):
             try:
@@ -417,7 +417,7 @@ class TrainingRun:
                 continue
             before = checkpoint.get("training", {}).get("settings", {})
             new = [f"{k} was {before.get(k)}, is {v}" for k, v in self.settings.items() if before.get(k) != v]
-            dar.require(not new, f"{path}: another run ({'; '.join(new)}); choose another --out, or --resume never")
+            dar.require(not new, f"{path}: another run ({'; '.join(new)}); take another --out, or --resume never")
             self.model.load_state_dict(checkpoint["model"])
             if self.ema is not None:
                 self.ema.model.load_state_dict(checkpoint["ema"])
