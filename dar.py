@@ -1148,7 +1148,7 @@ def assign_weights(model_class, config, state: dict, device, dtype) -> nn.Module
         raise ValueError(f"weights do not fit the model: {' '.join(str(error).split())[:1500]}") from None
     model.load_state_dict({name: value.to(device, dtype, copy=True) for name, value in state.items()}, assign=True)
     for name, value in model.state_dict().items():
-        if not torch.stack(torch.aminmax(value.float())).isfinite().all():
+        if not torch.stack(torch.aminmax(value.float() if value.itemsize == 1 else value)).isfinite().all():
             raise FloatingPointError(f"{name} is not finite, as after a failed training")
     return model.eval()
 
