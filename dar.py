@@ -982,10 +982,10 @@ def about(path: str | Path) -> Iterator[None]:
 def read_checkpoint(path: str | Path) -> dict:
     """A .pt file as a dict, its tensors mapped, not read. Raises OSError, or ValueError: damaged, or holding code."""
     open(path, "rb").close()
-    inert = types.SimpleNamespace  # holds attributes and does nothing; for classes that the released files name
+    inert = types.SimpleNamespace  # does nothing; for classes that the released files name
     stand_ins = torch.serialization.safe_globals([(inert, "argparse.Namespace"), (inert, "config_util.Config")])
     with about(path), stand_ins, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's remarks on odd pickles: the error says what matters
+        warnings.simplefilter("ignore")  # torch's remarks on odd pickles
         try:
             with zipfile.ZipFile(path) as file:  # what torch.load takes on trust
                 for entry in file.infolist():
@@ -996,7 +996,7 @@ def read_checkpoint(path: str | Path) -> dict:
         except Exception as error:  # a damaged file can fail in any way there is
             found = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
             if found and "weights_only" in str(error):
-                raise ValueError(f"refused: it holds {found[1]}, which could run code; only plain data loads") from None
+                raise ValueError(f"refused: it holds {found[1]}, which could run code") from None
             hint = "copy it again; a file of an old torch: torch.load and torch.save it there"
             raise ValueError(f"damaged, or not in torch's zip format ({hint})") from None
         require(isinstance(data, dict), f"holds a {type(data).__name__}, expected a checkpoint's dict")
@@ -1042,7 +1042,7 @@ def write_atomically(path: str | Path, write: Callable, before: Path | None = No
 
 def load_tokenizer(path, device="cpu", dtype=None, data: dict | None = None) -> SequentialDiffusionTokenizer:
     """A tokenizer from our format or the authors', in eval mode. data: the file's content, if it was read. Raises
-    OSError, ValueError (damaged, or keys do not fit) or FloatingPointError (not finite), naming the file."""
+    OSError, ValueError or FloatingPointError (not finite), naming the file."""
     data = read_checkpoint(path) if data is None else data
     with about(path):
         config, state = recognise(data, TokenizerConfig, "a tokenizer", "patchify.weight")
@@ -1105,7 +1105,7 @@ def recognise(data: dict, config_class, kind: str, key: str) -> tuple[typing.Any
 
 def shape_of(state: dict, name: str, dims: int) -> tuple[int, ...]:
     shape = tuple(getattr(state.get(name), "shape", ()))
-    require(len(shape) == dims, f"{name} is missing or no tensor of {dims} dimensions, so the model's size is unknown")
+    require(len(shape) == dims, f"{name} is missing or no tensor of {dims} dimensions")
     return shape
 
 
@@ -1135,7 +1135,7 @@ def released_config(config, state: dict) -> TokenizerConfig:
 
 
 def assign_weights(model_class, config, state: dict, device, dtype) -> nn.Module:
-    """Builds the model without memory, lets torch account for every key and shape, and then copies the tensors."""
+    """Builds the model without memory, lets torch check every key and shape, then copies the tensors."""
     for name, value in state.items():
         floats = isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()
         whole = floats and not value.is_meta and value.untyped_storage().nbytes() >= value.nbytes
@@ -1244,13 +1244,13 @@ AR_PRESETS = {
 # 10. Shared tools
 # What sampling, metrics and trainings share: speed (same results but for rounding), processes, pictures.
 
-HAS_AMX = torch.cpu._is_amx_tile_supported()  # the processor has units for products of bfloat16 matrices
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # processors with units for products of bfloat16
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # a 2 MB profile does not make a PNG corrupt
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**26  # large profiles do not make a PNG corrupt
 
 
 def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
-    """Makes a loaded model, and the tokenizer that it carries, fast: in place, for use alone. On a CPU Linears are
+    """Makes a loaded model, and the tokenizer that it carries, fast: in place, for use only. On a CPU Linears are
     packed. compile: for many pictures on a GPU; a step of the Llama, or of the flow, becomes one CUDA graph."""
     if getattr(model, "tokenizer", None) is not None:
         prepare_for_sampling(model.tokenizer, compile)
@@ -1294,7 +1294,7 @@ class KeptCaches:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """A CPU's Linears get weights in oneDNN's own order: products of a few rows take a half to a tenth of the time."""
+    """A CPU's Linears get weights in oneDNN's order: products of a few rows take a half to a tenth of the time."""
     for linear in model.modules():  # one by one: a second copy of all weights is never needed
         weight = linear.weight if type(linear) is nn.Linear else None
         if isinstance(weight, nn.Parameter) and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -1305,7 +1305,7 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """attend by torch's kernel, or in plain products where they are faster: 2 to 9 times, in bfloat16 on most CPUs."""
+    """attend by torch's kernel; in plain products where they are 2 to 9 times faster: bfloat16 on most CPUs."""
     slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if not slow or (HAS_AMX and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -1334,9 +1334,9 @@ def keep_freed_memory() -> None:
 
 
 def command_line(main: Callable) -> None:
-    """Exits with main()'s code; instead of a traceback: one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
+    """Exits with main()'s code, or with one line and 2 (mistake), 3 (not finite), 130 (Ctrl-C)."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # some schedulers close it
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # letters that a terminal lacks stop nothing
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")  # for letters that a terminal lacks
     try:
         sys.exit(main())
     except RuntimeError as error:
@@ -1362,14 +1362,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, and so two to four times faster than float32."""
+    """Whether the device multiplies bfloat16 in hardware, 2 to 4 times as fast as float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or HAS_AMX)
 
 
 class Processes(typing.NamedTuple):
-    """The processes that work together, each with its device: those of torchrun, or this one alone."""
+    """The processes that work together, each with its device: torchrun's, or this one alone."""
 
     device: torch.device
     rank: int = 0
@@ -1377,7 +1377,7 @@ class Processes(typing.NamedTuple):
 
     @classmethod
     def start(cls, device: torch.device) -> "Processes":
-        """Joins the others if torchrun's environment says that there are any; each then has a GPU of its own."""
+        """Joins torchrun's other processes, if there are any; each has a GPU of its own."""
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls(device)
         if device.type == "cuda":
@@ -1400,7 +1400,7 @@ class Processes(typing.NamedTuple):
             torch.distributed.barrier()
 
     def first_alone(self, action: Callable) -> typing.Any:
-        """action(), in the first process before the others: what it writes, they find. If it fails, all end."""
+        """action(), first in process 0: what it writes, the others find. If it fails, all end."""
         failure = None
         try:
             result = action() if self.rank == 0 else None
@@ -1443,7 +1443,7 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 def load_rgb(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, alpha on white; not turned as a camera asks, as ADM. Raises ValueError or OSError."""
+    """An image file as 8-bit RGB, alpha on white, not turned (as ADM). Raises ValueError or OSError."""
     with open(path, "rb") as file:
         try:
             image = Image.open(file)
@@ -1451,7 +1451,7 @@ def load_rgb(path: str | Path) -> Image.Image:
             if image.mode.startswith(("I", "F")):  # 16 or 32 bits, which convert() would clip: their range is a guess
                 values = np.asarray(image, np.float64)
                 top = next((top for top in (1, 255, 65535) if values.max() <= 1.5 * top), values.max())
-                require(values.min() >= -top / 2 and top < math.inf, f"{values.min()} to {top}, not 0 to 1, 255, 65535")
+                require(values.min() >= -top / 2 and top < math.inf, f"pixels from {values.min()} to {top}")
                 return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -1461,8 +1461,8 @@ def load_rgb(path: str | Path) -> Image.Image:
 
 
 def shrink(image: Image.Image, size: int) -> Image.Image:
-    """ADM's resize of the short side to size: halve with BOX while it is at least 2 size, then BICUBIC."""
-    if max(image.size) > 32 * min(image.size):  # only the middle: a row of 65,000 pixels would become gigabytes
+    """ADM's resize of the short side to size: BOX halves it while it is at least 2 size, then BICUBIC."""
+    if max(image.size) > 32 * min(image.size):  # only the middle, else 65,000 x 1 becomes gigabytes
         image = ImageOps.fit(image, [min(side, 32 * min(image.size)) for side in image.size])
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
@@ -1484,8 +1484,8 @@ def center_crops(images: Iterable[Image.Image], size: int) -> Tensor:
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """The images below a folder: sorted names relative to it, with "/" between folders. Hidden ones are left out, links
-    back up not followed. Raises ValueError if there are none, OSError naming what is closed or a link to nothing."""
+    """The images below a folder, hidden ones and links back up left out: sorted relative names, "/" between folders.
+    Raises ValueError if there are none, OSError naming what is closed or a link to nothing."""
     os.scandir(folder).close()  # a file would be walked like a folder
     found, to_do = [], [(Path(folder), ())]
     while to_do:
