@@ -43,9 +43,7 @@ def test_a_handout_names_tests_that_exist_and_the_functions_of_its_task(exercise
         assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), test
     for function in exercise.functions:
         short = function.split(".")[-1]
-        assert re.search(rf"^\* `({function}|{short})` ", exercise.text, re.MULTILINE), (
-            f"nothing says what {short} does"
-        )
+        assert re.search(rf"^\* `({function}|{short})`", exercise.text, re.MULTILINE), f"nothing says what {short} does"
     assert f"\n{sum(exercise.points.values())} points" in exercise.text
 
 
