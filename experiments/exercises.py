@@ -44,7 +44,7 @@ except ImportError:  # Windows: no limits of memory and file size
     resource = None
 
 ROOT = Path(dar.__file__).resolve().parent
-TEST_SECONDS, ALL_SECONDS = 60, 600  # for one test; for one student
+TEST_SECONDS, ALL_SECONDS, ALL_RUNS = 60, 600, 5  # for one test; for one student; processes for one student
 MEMORY, FILE_SIZE, SOURCE_SIZE = 12 * 2**30, 2**26, 2**20  # bytes: torch alone takes some GB of addresses
 
 
@@ -211,27 +211,26 @@ def run_once(folder: Path, wanted: list[str], record: Path, seconds: float) -> l
 
 
 def run_tests(folder: Path, tests: list[str]) -> dict[str, str]:
-    """{test function: "" if all its cases passed, else why not}. A case in which the process ends or hangs has failed;
-    those after it get a new process."""
+    """{test function: "" if all its cases passed, otherwise why not}. A case in which the process ends or hangs has
+    failed, and those after it get a new process, a few times."""
     cases, wanted, end = {}, tests, time.monotonic() + ALL_SECONDS  # {case: None, "" or why it failed}
     with tempfile.TemporaryDirectory() as place:
         Path(place, "grading_plugin.py").write_text(PLUGIN)
-        while wanted and time.monotonic() < end:
-            notes = run_once(folder, wanted, Path(place, "record"), end - time.monotonic())
+        for _ in range(ALL_RUNS):
             running = None
-            for kind, case, text in notes:
+            for kind, case, text in run_once(folder, wanted, Path(place, "record"), end - time.monotonic()):
+                running = case if kind == "started" else None if kind == "finished" else running
                 if kind == "collected":
                     cases.setdefault(case, None)
-                elif case in cases:
-                    running = case if kind == "started" else None if kind == "finished" else running
-                    cases[case] = (
-                        text if kind == "failed" else (cases[case] or "") if kind == "finished" else cases[case]
-                    )
+                elif kind == "failed":
+                    cases[case] = text
+                elif kind == "finished":
+                    cases[case] = cases[case] or ""
             if running:
                 cases[running] = f"the process ended, or took over {TEST_SECONDS} s"
-            elif not any(kind == "finished" for kind, *_ in notes):
-                break
             wanted = [case for case, why in cases.items() if why is None]
+            if not running or not wanted or time.monotonic() > end:
+                break
     result = {}
     for test in tests:
         mine = [why for case, why in cases.items() if case == test or case.startswith(f"{test}[")]

@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,22 +56,31 @@ def test_a_right_solution_put_into_the_blank_is_the_projects_code(exercise):
     assert put(blank(before, exercise.functions, exercise.number), taken) == before
 
 
-def test_the_command_line(tmp_path):
+def test_a_copy_holds_the_blank_and_the_handout(tmp_path):
     done = run("experiments/exercises.py", "3", "--out", "course", cwd=tmp_path)
     assert "EXERCISE.md" in done.stdout
     assert "exercise 3" in (tmp_path / "course" / "dar.py").read_text()
     text = (tmp_path / "course" / "EXERCISE.md").read_text()
     assert "DiffusionBlock.forward" in text and "--grade ." in text and "python -m pytest tests/" in text
     assert not list(Path(tmp_path / "course").glob(".git"))
-    for words, wrong in {
-        "3 --out course": "course: exists",
-        "9": "1 to 8",
-        "1 2 --grade course": "one number",
-        "1 --csv x.csv": "--grade",
-        "1 --grade a b --json x.json": "one FOLDER",
-        "1 --grade course --csv none/x.csv": "none/x.csv",
-    }.items():
-        assert wrong in run("experiments/exercises.py", *words.split(), cwd=tmp_path, code=2).stderr
+
+
+MISTAKES = {
+    "3 --out .": "exists",
+    "9": "1 to 8",
+    "1 2 --grade course": "one number",
+    "1 --csv x.csv": "--grade",
+    "1 --grade a b --json x.json": "one FOLDER",
+    "1 --grade course --csv none/x.csv": "none/x.csv",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes_are_refused_before_anything_is_graded(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["exercises.py", *words.split()])
+    with pytest.raises(ValueError, match=MISTAKES[words]):
+        exercises.main()
 
 
 # Students of exercise 2: what they write as VectorQuantizer.nearest_code, in a copy of the right solution
@@ -151,7 +161,7 @@ def test_half_right_solutions_get_some_points_and_a_blank_one_none(tmp_path):
 
 
 @pytest.mark.slow
-def test_hostile_solutions_cost_their_authors_points_and_nobody_else(tmp_path, monkeypatch):
+def test_hostile_solutions_cost_their_authors_points_and_nobody_else(tmp_path):
     folders = [student(tmp_path / name, change) for name, change in HOSTILE.items()]
     odd = {name: tmp_path / name for name in ("nothing", "a folder for a file", "no text", "a bomb", "a tampered test")}
     for folder in odd.values():
@@ -165,15 +175,15 @@ def test_hostile_solutions_cost_their_authors_points_and_nobody_else(tmp_path, m
     (odd["a tampered test"] / "tests" / "test_quantizer.py").write_text("def test_all(): pass\n")
     rows = graded([*folders, *odd.values(), student(tmp_path / "right")], tmp_path)
     assert len(rows) == len(HOSTILE) + len(odd) + 1
-    assert rows["right"]["points"] == rows["extra functions"]["points"] == "30"
-    assert all(int(row["points"]) < 30 for name, row in rows.items() if name not in ("right", "extra functions"))
+    harmless = "right", "extra functions", "a child left behind"  # and otherwise right
+    assert all((row["points"] == "30") == (name in harmless) for name, row in rows.items()), rows
     assert all(rows[name]["points"] == "0" for name in ("a syntax error", "an exit when it is read", *odd)), rows
 
 
 @pytest.mark.slow
 def test_an_endless_loop_costs_the_test_that_it_runs_in(tmp_path, monkeypatch):
     monkeypatch.setattr(exercises, "TEST_SECONDS", 8)
-    loop = ("with torch", "while f.dtype == torch.bfloat16:\n            pass\n        with torch")
+    loop = ("with torch", "while f.numel() > 5000:\n            pass\n        with torch")
     result = exercises.grade(EXERCISES[1], student(tmp_path / "loop", loop))
     assert 0 < result.points < 30
     assert [test.split("::")[1] for test, why in result.failed.items() if "over 8 s" in why]

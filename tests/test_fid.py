@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 import urllib.error
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -578,11 +579,19 @@ def test_a_damaged_download_is_named_with_the_advice_to_delete_it(command, state
     assert str(path) in str(error.value) and "delete it" not in str(error.value)
 
 
+def save_bomb(path):
+    """A PNG whose head says 60,000 x 60,000 pixels."""
+    png = bytearray(path.with_name("000.png").read_bytes())
+    png[16:24] = 2 * (60_000).to_bytes(4, "big")
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    path.write_bytes(png)
+
+
 BAD_PICTURES = {
     "empty": lambda path: path.touch(),
     "text": lambda path: path.write_text("no picture"),
     "half a head": lambda path: path.write_bytes(path.with_name("000.png").read_bytes()[:20]),
-    "a bomb": lambda path: Image.new("1", (60_000, 60_000)).save(path),
+    "a bomb": save_bomb,
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
 }
 
