@@ -1,4 +1,4 @@
-"""README, "Sampling": how many of 64 pictures' tokens change when they are drawn one by one instead of 16 at once.
+"""README.md here, "The released weights": how many of 64 pictures' tokens change when they are drawn one by one instead of 16 at once.
 
     python experiments/batch_size.py
 

@@ -1,4 +1,4 @@
-"""README, "What the shipped model is": a small CIFAR-10 classifier, for two uses that need one training each.
+"""README.md here, "What the shipped model is": a small CIFAR-10 classifier, for two uses that need one training each.
 
     python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/classifier.pt
     python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/judge.pt --seed 1

@@ -1,4 +1,4 @@
-"""README, "Use the released weights": time and memory of the full-size models on random weights in released layout.
+"""README.md here, "The released weights": time and memory of the full-size models on random weights in released layout.
 
     python experiments/full_size.py FOLDER        (needs 5 GB there; writes v1.pt, L.pt and XL.pt once)
 

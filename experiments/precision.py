@@ -1,4 +1,4 @@
-"""README, "Use the released weights": what bfloat16 weights change, against float32.
+"""README.md here, "The released weights": what bfloat16 weights change, against float32.
 
     python experiments/precision.py --data cifar10/test                    (the model that ships here)
     python experiments/precision.py --ckpt D-AR-L-360K.pt --tokenizer D-AR-tokenizer_v1.pt --data imagenet/val --num 64

@@ -1,4 +1,4 @@
-"""README, "Previews": how much the preview after each group agrees with the picture that follows.
+"""README.md here, "Previews": how much the preview after each group agrees with the picture that follows.
 
     python experiments/previews.py
 
