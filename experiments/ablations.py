@@ -1,4 +1,4 @@
-"""README.md here, "Ablations": beta, K and the group rule of the tokenizer (the paper's Tables 6 and 7), at the tiny scale.
+"""README.md here, "Ablations": beta, K and the group rule of the tokenizer (Tables 6 and 7), at the tiny scale.
 
     python experiments/ablations.py --data cifar10/train --val cifar10/test --out runs/ablations
 

@@ -1,4 +1,4 @@
-"""README.md here, "The released weights": how many of 64 pictures' tokens change when they are drawn one by one instead of 16 at once.
+"""README.md here, "The released weights": how many of 64 pictures' tokens change at batch 1 instead of 16.
 
     python experiments/batch_size.py
 

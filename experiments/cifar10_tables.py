@@ -1,4 +1,4 @@
-"""README.md here, "What the shipped model is": the paper's Tables 2, 4 and 5 at CIFAR-10's size, judged by a small classifier.
+"""README.md here, "What the shipped model is": Tables 2, 4 and 5 at CIFAR-10's size, judged by a classifier.
 
     python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/judge.pt --seed 1
     python experiments/cifar10_tables.py --classifier runs/judge.pt --train cifar10/train --test cifar10/test

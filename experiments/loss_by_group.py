@@ -1,4 +1,4 @@
-"""README.md here, "What the shipped model is": held-out loss against group, from a Llama training's log.csv, as a picture.
+"""README.md here, "What the shipped model is": held-out loss against group, from a Llama's log.csv.
 
     python experiments/loss_by_group.py runs/ar/log.csv --out assets/loss_by_group.png
 

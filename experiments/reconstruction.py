@@ -1,4 +1,4 @@
-"""README.md here, "What the shipped model is": held-out PSNR and code use of a tokenizer, alone or inside a Llama's checkpoint.
+"""README.md here, "What the shipped model is": held-out PSNR and code use of a tokenizer.
 
 python experiments/reconstruction.py checkpoints/cifar10.pt cifar10/test
 """
