@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,17 @@ def test_freed_memory_is_kept():
         found.append(int(done.stdout))
     plain, kept = found
     assert kept < 1000 and kept < plain / 10
+
+
+@pytest.mark.parametrize("platform, library", [("linux", types.SimpleNamespace()), ("darwin", None), ("win32", None)])
+def test_where_there_is_no_glibc_nothing_is_asked_of_it(monkeypatch, platform, library):
+    def load(name):
+        assert library is not None, "no library is loaded where it has no such function"
+        return library  # musl's, for example, which has no mallopt
+
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    dar.keep_freed_memory()
 
 
 def test_a_closed_stderr_changes_nothing():
