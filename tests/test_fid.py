@@ -558,7 +558,8 @@ def test_torchrun_gives_the_numbers_of_one_process(two_sets, weights, by_hand):
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 0, err
-    assert json.loads(out) == pytest.approx(by_hand, rel=1e-5)
+    last = out.splitlines()[-1]  # the gloo of torch 2.10 writes lines of its own before
+    assert json.loads(last) == pytest.approx(by_hand, rel=1e-5)
 
 
 # What users report
