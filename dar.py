@@ -107,8 +107,8 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
     """Eq. 5: the group k that conditions the flow at uniform time s in [0, 1].
         "ceil":     k = min(floor(s K), K - 1)           each group owns one K-th of s
         "nearest":  k = min(floor(s K + 1/2), K - 1)     of the released weights; group 0 owns half a K-th
-    The paper writes ceil(s K) and counts groups from one; counted from zero, that is floor(s K) but at an edge s = i/K.
-    There it names the part of time that ends, and a step that starts there needs the part that begins.
+    The paper writes ceil(s K), counting groups from one. From zero, that is floor(s K) except at an edge s = i/K, where
+    it names the part of time that ends; a step that starts there needs the part that begins.
     s: float tensor -> int64 tensor; number -> int."""
     if not isinstance(s, Tensor):
         return int(condition_group(torch.tensor(s, dtype=torch.float64, device="cpu"), num_groups, rule))
@@ -230,7 +230,7 @@ def rope_1d(place: Tensor) -> Tensor:
 def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) -> Tensor:
     """Rotations of a height x width grid of patches in row-major order, float32 [height·width + num_unplaced, 32, 2].
     The first 16 pairs of a head turn by the row, the last 16 by the column, pair i by that · 10000^(-i/16). The
-    num_unplaced tokens after the patches, the queries, have no place in the image and are not turned (appendix I)."""
+    num_unplaced tokens after the patches (learned queries) have no place in the image and are not turned."""
     frequency = 10000.0 ** (-torch.arange(16, device=device) / 16)
     row = torch.arange(height, device=device).repeat_interleave(width)
     column = torch.arange(width, device=device).repeat(height)
