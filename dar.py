@@ -99,21 +99,21 @@ def shift_time(s: Tensor | float, beta: float) -> Tensor | float:
 
 
 def unshift_time(t: Tensor | float, beta: float) -> Tensor | float:
-    """Eq. 5, the inverse: flow time t in [0, 1] -> s = t / (t + (1 - t) / beta). This file starts from s instead."""
+    """Eq. 5, the inverse: flow time t in [0, 1] -> s = t / (t + (1 - t) / beta)."""
     return t / (t + (1 - t) / beta)
 
 
 def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> Tensor | int:
     """Eq. 5: the group k that conditions the flow at uniform time s in [0, 1].
         "ceil":     k = min(floor(s K), K - 1)           each group owns one K-th of s
-        "nearest":  k = min(floor(s K + 1/2), K - 1)     of the released weights; group 0 owns half a K-th
-    The paper writes ceil(s K), counting groups from one. From zero, that is floor(s K) except at an edge s = i/K, where
-    it names the part of time that ends; a step that starts there needs the part that begins.
+        "nearest":  k = min(floor(s K + 1/2), K - 1)     the released weights'; group 0 owns half a K-th
+    The paper writes ceil(s K), counting groups from one. From zero, that is floor(s K) except at an edge s = i/K: the
+    paper's group is that of the part of time that ends, but a step that starts there needs the part that begins.
     s: float tensor -> int64 tensor; number -> int."""
     if not isinstance(s, Tensor):
         return int(condition_group(torch.tensor(s, dtype=torch.float64, device="cpu"), num_groups, rule))
     require(rule in ("ceil", "nearest"), f"group rule {rule!r}: expected 'ceil' or 'nearest'")
-    # floor(s K + 1/2) is half of floor(2 s K) + 1, rounded down
+    # floor(s K + 1/2) = (floor(2 s K) + 1) // 2
     k = floor_of_product(s, num_groups) if rule == "ceil" else (floor_of_product(s, 2 * num_groups) + 1) // 2
     return k.clamp(0, num_groups - 1)
 
@@ -141,7 +141,7 @@ def jump_estimate(x_t: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
 
 def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -> list[tuple[float, float, int]]:
     """Eq. 8: the S steps that draw a picture, each as (t at its start, t at its end, its group). Step i starts at i/S.
-    With S = K, the paper's default, each group is used once; otherwise some serve no step, or several."""
+    With S = K, the paper's default, each group is used once; S < K skips groups, S > K reuses some."""
     require(num_steps >= 1, f"{num_steps} sampling steps: expected at least 1")
     t = [shift_time(i / num_steps, beta) for i in range(num_steps + 1)]
     return [(t[i], t[i + 1], condition_group(i / num_steps, num_groups, rule)) for i in range(num_steps)]
@@ -151,7 +151,7 @@ def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: s
     """One step of length h from x, where the velocity is v and was v_prev at the step before (None at the first).
         "euler":  x + h v
         "ab2":    x + h (3/2 v - 1/2 v_prev)     two-step Adams-Bashforth, "Adams 2nd" in Table 2; the first is Euler's
-    If steps are equal, this is v at the middle of the step. Shifted steps are not; the paper takes it all the same."""
+    For equal steps, this extrapolates v to the step's middle. Shifted steps are unequal; the paper ignores that."""
     require(solver in ("euler", "ab2"), f"solver {solver!r}: expected 'euler' or 'ab2'")
     if solver == "ab2" and v_prev is not None:
         v = 1.5 * v - 0.5 * v_prev
@@ -230,7 +230,7 @@ def rope_1d(place: Tensor) -> Tensor:
 def rope_2d(height: int, width: int, num_unplaced: int, device: torch.device) -> Tensor:
     """Rotations of a height x width grid of patches in row-major order, float32 [height·width + num_unplaced, 32, 2].
     The first 16 pairs of a head turn by the row, the last 16 by the column, pair i by that · 10000^(-i/16). The
-    num_unplaced tokens after the patches (learned queries) have no place in the image and are not turned."""
+    num_unplaced learned queries after the patches have no place: they get angle 0, as the first patch (appendix I)."""
     frequency = 10000.0 ** (-torch.arange(16, device=device) / 16)
     row = torch.arange(height, device=device).repeat_interleave(width)
     column = torch.arange(width, device=device).repeat(height)
@@ -267,7 +267,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context=None, rope=None, mask=None) -> Tensor:
         """x [B, n, C] attends to itself, or to context [B, m, C]; -> [B, n, C].
-        rope [n, 32, 2] turns queries and keys. Keys of a context are not turned: it has no place in the image."""
+        rope [n, 32, 2] turns queries and keys, but no context's keys, which have no place in the image."""
         source = x if context is None else context
         q = self.q_norm(self.q(x).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)  # [B, heads, n, 64]
         k = self.k_norm(self.k(source).unflatten(-1, (-1, HEAD_DIM))).transpose(1, 2)  # [B, heads, m, 64]
@@ -326,8 +326,7 @@ def init_linears(module: nn.Module, std: float) -> None:
 # It is a diffusion transformer (DiT) on patches of pixels. In each block a condition m shifts, scales and gates what
 # attention and MLP do: x + gate · f(shift + (1 + scale) · norm(x)), first with f = attention, then with f = MLP; shift,
 # scale and gate are a Linear of m. In DiT m is one vector for the whole picture. Here every patch has its own: what
-# this patch reads from the group's tokens by cross-attention, plus an embedding of the time. What it reads is not added
-# to x. It only modulates.
+# this patch reads from the group's tokens by cross-attention, plus an embedding of the time. m only modulates x.
 
 
 class TimeEmbedding(nn.Module):
@@ -368,7 +367,7 @@ class DiffusionBlock(nn.Module):
 
 
 class DiffusionDecoder(nn.Module):
-    """D_FM of eq. 2. For eq. 7, the hidden state that enters block repa_layer, if there is one, also goes through the
+    """D_FM of eq. 2. For eq. 7, the hidden state that enters block repa_layer (unless None) also goes through the
     REPA head, a small network whose result the training compares to DINOv2's features."""
 
     REPA_GRID, REPA_WIDTH, REPA_HIDDEN = 16, 768, 2048  # DINOv2 ViT-B/14 sees 224 pixels: 16x16 features of width 768
@@ -405,7 +404,7 @@ class DiffusionDecoder(nn.Module):
         return F.pixel_shuffle(out, size), repa_features
 
     def read_repa(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Hidden state [B, height·width, C] -> [B, g·g, 768]: averaged to 16x16 where larger, kept where smaller."""
+        """Hidden state [B, height·width, C] -> [B, g·g, 768]: averaged to g = 16 where larger, else kept."""
         grid = x.transpose(1, 2).unflatten(2, (height, width))
         grid = F.adaptive_avg_pool2d(grid, (min(height, self.REPA_GRID), min(width, self.REPA_GRID)))
         return self.repa_head(grid.flatten(2).transpose(1, 2))
@@ -452,13 +451,13 @@ class TokenizerConfig:
     diffusion_layers: int = 12
     num_steps: int = 0  # S, sampling steps; 0 means S = K
     time_shift: float = 2.0  # beta of eq. 5 and 8
-    # x1 is data_scale · image; 1 in the paper's equations, 0.6 in its released weights. Noise hides a fainter image
-    # until later, so that more of the flow's steps see nothing but the layout.
+    # x1 is data_scale · image; 1 in the paper's equations, 0.6 in its released weights. Noise keeps its size,
+    # so it hides a fainter image for longer: more steps see only the layout.
     data_scale: float = 0.6
     group_rule: str = "ceil"  # of condition_group: "ceil" as in the paper, "nearest" as in the released weights
     repa_layer: int | None = 8  # REPA reads the state that enters this diffusion block; None: no REPA head
     commit_weight: float = 0.25  # of l_commit
-    init_std: float = 0.02  # of fresh Linears; narrow models learn faster from 1/sqrt(width), which is larger
+    init_std: float = 0.02  # of fresh Linears; narrow models learn faster from a larger one, 1/sqrt(width)
     max_tokens: int = 1024  # rows of the tables of queries and positions, of which the first N are used
 
     def __post_init__(self):
@@ -479,7 +478,7 @@ class StreamStep(typing.NamedTuple):
 
     @property
     def preview(self) -> Tensor:
-        return self.previews[-1]  # there is one, since the first step uses the first group
+        return self.previews[-1]  # never empty: the first step uses the first group
 
 
 class SequentialDiffusionTokenizer(nn.Module):
@@ -498,7 +497,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         self.decoder_embedding = nn.Embedding(c.max_tokens, c.decoder_width)  # learned positions
         self.decoder_layers = nn.ModuleList(GatedBlock(c.decoder_width) for _ in range(c.decoder_layers))
         init_linears(self, c.init_std)
-        # Codes enter the causal decoder far above the positions; otherwise z' would long hardly depend on them.
+        # Codes enter the causal decoder far above the positions; otherwise z' would ignore them for a long time.
         nn.init.normal_(self.quant_out.weight)
         nn.init.normal_(self.decoder_embedding.weight, std=0.02)
         self.diffusion = DiffusionDecoder(  # comes after init_linears, which would undo its zero-initialised layers
@@ -534,17 +533,17 @@ class SequentialDiffusionTokenizer(nn.Module):
         images: float [B, 3, H, W] in [-1, 1].
         s: uniform times [B, R], one drawn for each image if None. R > 1 is ours: one encoding serves several times.
         noise: x0 [B, R, 3, H, W], drawn if None.
-        code_noise: [B, N, D], for a codebook warm-up (ours): this noise is added to the features, which are not
-            quantized, in place of the quantizer's error. Fresh features are all alike and would share few codes.
-        Returns what tokenizer_loss needs: "fm", l_fm of eq. 2 divided by data_scale², an error in units of the image;
+        code_noise: [B, N, D], for a codebook warm-up (ours): added to the features instead of quantizing them.
+            Fresh features are all alike and would share few codes.
+        Returns what tokenizer_loss needs: "fm", l_fm of eq. 2 / data_scale²: the squared error of v / data_scale;
         "vq" and "commit", times commit_weight, and "kept", the number of tokens of which both are means; "pred_image",
         jump estimates [B·R, 3, H, W], not clamped; "repa" [B·R, g·g, 768], with a REPA head; "codes" int64 [B, N]."""
         c, batch = self.config, len(images)
         s = (torch.rand(batch, device=images.device) if s is None else s).view(batch, -1)  # [B, R]
         group = condition_group(s, c.num_groups, c.group_rule)  # [B, R]
 
-        # The tokens after the group in use (the last one of R) have no part in this step's velocity: l_vq and l_commit,
-        # which tie a feature to its row, leave them out.
+        # The tokens after the group in use (the last one of R) do not change this velocity. No picture error guides
+        # them, and l_vq and l_commit alone would only tie them to rows that mean nothing: they leave them out.
         used = (group.amax(1, keepdim=True) + 1) * c.group_size  # [B, 1], tokens
         keep = torch.arange(c.num_tokens, device=images.device) < used  # [B, N]
         f = self.encoder(images)
@@ -568,7 +567,7 @@ class SequentialDiffusionTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] (decode() may overshoot) -> tokens, int64 [B, N]. Raises ValueError."""
+        """float [B, 3, H, W] in about [-1, 1], at most 2 (for decode()'s output) -> tokens, int64 [B, N]."""
         check_pixels(images, "images", self.config.encoder_patch, most=2)
         return self.quantize.nearest_code(self.encoder(images))
 
@@ -607,7 +606,7 @@ class SequentialDiffusionTokenizer(nn.Module):
     def decode(self, codes: Tensor, noise: Tensor | None = None, num_steps=None, solver: str = "ab2") -> Tensor:
         """Tokens int64 [B, n] -> images, float32 [B, 3, H, W], about [-1, 1] and not clamped. noise: x0 [B, 3, H, W],
         which sets the size; drawn at config.image_size if None. num_steps: S. n < N tokens, in whole groups of N/K,
-        give the last preview that they allow (section 5.1, Table 5). Raises ValueError if something does not fit."""
+        give the preview after the last group (section 5.1, Table 5). Raises ValueError if something does not fit."""
         last = self._denoise_codes(codes, noise, num_steps, solver)
         return last.x if codes.shape[1] == self.config.num_tokens else last.preview
 
@@ -803,7 +802,7 @@ class ARTransformer(nn.Module):
     ) -> Tensor:
         """Draws tokens int64 [B, num_tokens] (default: N) for classes int64 [B]; call eval() first. Arguments (also
         prefix, temperature, top_k, top_p) and errors are those of generate_groups."""
-        size = num_tokens or self.config.num_tokens  # of a group: all come at once
+        size = num_tokens or self.config.num_tokens  # one group: all the tokens
         return torch.cat(list(generate_groups(self, labels, size, num_tokens, cfg, seeds, greedy, **more)), 1)
 
 
@@ -855,7 +854,7 @@ def resolve_seeds(seeds: int | list[int] | None, count: int) -> list[int]:
 
 
 def picture_generators(seeds: list[int], purpose: int, device: torch.device) -> list[torch.Generator]:
-    """Each picture's random numbers: purpose 0 for its noise x0, 1 for its tokens, so that neither moves the other."""
+    """Each picture's random numbers: purpose 0 for its noise x0, 1 for its tokens, so that they are independent."""
     return [torch.Generator(device).manual_seed(2 * seed + purpose) for seed in seeds]
 
 
@@ -910,7 +909,7 @@ def generate_groups(
     count = ar.config.num_tokens if num_tokens is None else num_tokens
     prefix = check_generation(ar.config, labels, count, prefix, **filters)  # [B, n]
     scales = guidance_schedule(cfg, count)
-    copies = 1 if scales is None else 2  # of each picture in the batch: with its class, and for guidance without
+    copies = 1 if scales is None else 2  # of each picture: with its class, and without it for guidance
     classes = torch.cat((labels, torch.full_like(labels, ar.config.num_classes)))[: copies * len(labels)]
     if greedy:
         noise, filters = itertools.repeat(0.0), {}  # the likeliest token is the likeliest after any filter
@@ -939,7 +938,7 @@ def generate_groups(
 # Fig. 1: while the Llama writes, each finished group of tokens takes the picture one step on, and the velocity of that
 # step gives a preview for nothing.
 #
-# The first tokens carry the layout. So a class takes over another picture's layout (Fig. 6) in three lines:
+# The first tokens carry the layout. So a class takes over another picture's layout (Fig. 6; ar, tokenizer: chapter 9):
 #     prefix = tokenizer.encode(image)[:, :32]             # image [1, 3, 256, 256] -> [1, 32], the first group
 #     for step in stream(ar, tokenizer, labels=torch.tensor([207]), prefix=prefix):
 #         show(step.preview)
@@ -949,8 +948,8 @@ def generate_groups(
 def stream(
     ar, tokenizer, labels: Tensor, cfg=(1.1, 8.0), seeds=None, noise=None, num_steps=None, solver="ab2", **sampling
 ) -> Iterator[StreamStep]:
-    """Section 3.3: yields a StreamStep after each group of N/K tokens. The last one's x is the finished picture, as
-    decode() makes it of its codes and this noise. noise: x0, from each picture's seed if None. num_steps and solver are
+    """Section 3.3: yields a StreamStep after each group of N/K tokens. The last one's x is the finished picture, the
+    same as decode(codes, noise). noise: x0, from each picture's seed if None. num_steps and solver are
     decode()'s; labels, cfg, seeds and the rest (greedy, prefix, temperature, top_k, top_p) generate_groups'."""
     check_same_tokens(ar.config, tokenizer.config)
     seeds = resolve_seeds(seeds, len(labels))
@@ -961,7 +960,7 @@ def stream(
 
 
 # ------------------------------------------------------------------------------
-# 9. Checkpoints (the lesson has ended; the rest is needed to run it)
+# 9. Checkpoints
 # Ours are plain dicts and tensors: {"format", "kind", "config", "model"} and perhaps "ema" (averaged weights, which
 # loading prefers), "class_names", "tokenizer" (inside a Llama's) and "training" (what resuming needs). The authors' are
 # renamed key by key. Either way a file is data: nothing in it can run.

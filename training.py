@@ -7,10 +7,10 @@
 
 A training of several days is killed and started many times, and goes on as if nothing had been, bit for bit. So a
 checkpoint holds all that decides the next steps: the weights, their average, the optimizer's moments, the loss scale,
-the step's number, and the sums for the log's next row. It holds no random generator's state, because none outlives a
-step: sample p's image, crop, time and noise come from new generators seeded with p, and the Llama's dropout from one
-seeded with the step's number. So step 1000 draws the same numbers before and after a kill; and the same command on the
-same machines adds them in the same order, which gives the same bits.
+the step's number, and what the log needs (its length, the sums of its next row). It holds no random generator's state,
+because none outlives a step: sample p's image, crop, time and noise come from new generators seeded with p, and the
+Llama's dropout from one seeded with the step's number. So step 1000 draws the same numbers before and after a kill; and
+the same command on the same machines sums in the same order, which gives the same bits.
 """
 
 import argparse
@@ -224,7 +224,7 @@ def check_arguments(args: Arguments, recipe: dict) -> None:
 
 class TrainingRun:
     """A training and its folder --out: last.pt, previous.pt (the checkpoint before it), log.csv and pictures.
-    settings: {what: value} that must not change from one start to the next; every other argument may, and is obeyed.
+    settings: {what: value} that must not change from one start to the next; other arguments may (then bits differ).
     terms: of the loss. columns: more of log.csv. next: the command for afterwards. Raises ValueError if processes
     cannot share the batch, or naming what differs from the run in the folder."""
 
@@ -285,7 +285,7 @@ class TrainingRun:
                 group["lr"] = rate
             self.optimizer.step()
             if self.ema is not None:
-                self.ema.update(self.model, self.step - self.scaler.skipped)
+                self.ema.update(self.model, self.step - self.scaler.skipped)  # the updates so far
             self.sums += torch.tensor([*totals, norm, 1], dtype=torch.float64)
         elif not self.scaler.enabled or scale < 1e-3:
             values = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.means, [*totals, norm]))
@@ -337,7 +337,7 @@ class TrainingRun:
             print(f"done; pictures: {self.folder / 'step-*.png'}; next: python {self.next}", file=sys.stderr)
 
     def notice_slowness(self, seconds: float) -> None:
-        """Says once that a CPU's steps have become slow. Its threads spin while they wait for others."""
+        """Says once that a CPU's steps have become slow. Threads that wait spin, and take other programs' time."""
         self.fastest = min(self.fastest, seconds)
         self.slow = max(0, self.slow + (1 if seconds > 2 * self.fastest else -1))
         if self.slow == 10 and self.processes.device.type == "cpu" and torch.get_num_threads() > 1:
@@ -421,7 +421,7 @@ class TrainingRun:
             self.model.load_state_dict(checkpoint["model"])
             if self.ema is not None:
                 self.ema.model.load_state_dict(checkpoint["ema"])
-            training = copy.deepcopy(checkpoint["training"])  # in memory, since the file will be replaced
+            training = copy.deepcopy(checkpoint["training"])  # out of the mapped file, which will be replaced
             groups = self.optimizer.state_dict()["param_groups"]  # with this command line's weight decay
             self.optimizer.load_state_dict(training["optimizer"] | {"param_groups": groups})
             self.scaler = LossScaler(**training["scaler"] | {"enabled": self.scaler.enabled})
