@@ -618,7 +618,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         c = self.config
         check_numbers("codes", codes, 2, c.codebook_size, c.num_tokens)
         whole = codes.numel() and codes.shape[1] % c.group_size == 0
-        require(whole, f"codes {list(codes.shape)}: decoding takes whole groups of {c.group_size}, at least one")
+        require(whole, f"codes {list(codes.shape)}: decoding takes whole groups of {c.group_size}, one image or more")
         if noise is None:
             noise = torch.randn(len(codes), 3, c.image_size, c.image_size, device=codes.device)
         *_, last = self.denoise(codes.split(c.group_size, 1), noise, num_steps, solver)
@@ -1164,7 +1164,7 @@ def check_fields(config, may_be_zero: tuple[str, ...]) -> None:
         kind, least = "number" if field.type is float else "integer", "0" if name in may_be_zero else "above 0"
         fits = is_number(value) if kind == "number" else type(value) is int
         fits = fits and 0 <= value < limit and (value > 0 or name in may_be_zero)
-        require(fits, f"{name} = {value!r}: expected a {kind}, {least} to {limit}")
+        require(fits, f"{name} = {value!r}: expected {kind}, {least} to {limit}")
         wanted = f"{name} = {value}: expected a multiple of {HEAD_DIM}, the width of a head"
         require(not name.endswith("width") or value % HEAD_DIM == 0, wanted)
 

@@ -43,7 +43,7 @@ class Arguments(training.Arguments):
 
     preset: str = option("model and its recipe: the numbers not given here (default: tiny)", "tiny", choices=[*RECIPES])
     tokenizer: str | None = option("checkpoint of a trained tokenizer", required=True)
-    epochs: float | None = option("passes over the data, where --steps is not given (default: the recipe's)", least=0)
+    epochs: float | None = option("passes over the data, without --steps (default: the recipe's)", least=1e-6)
     width: int | None = option("instead of the preset's", least=1)
     layers: int | None = option("instead of the preset's", least=1)
     weight_decay: float = option("on matrices only (default: 0.05)", 0.05, least=0)

@@ -217,7 +217,7 @@ def check_arguments(args: Arguments, recipe: dict) -> None:
             setattr(args, field.name, recipe.get(field.name))
         name, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
         least, most, required = (field.metadata[key] for key in ("least", "most", "required"))
-        dar.require(value is not None or not required, f"{name} is missing; --help lists all arguments")
+        dar.require(value or not required, f"{name} is missing; --help lists all arguments")
         fits = not isinstance(value, int | float) or least <= value <= most
         dar.require(fits, f"{name} {value}: expected {least} ... {most}")
 

@@ -175,12 +175,12 @@ def test_every_argument_is_explained_and_checked(script):
 
     assert check().lr == script.RECIPES["tiny"]["lr"] and check(lr=1.0).lr == 1.0
     assert check(seed=2**31 - 1).seed == 2**31 - 1
-    for name in ("data", "out"):
+    for name, nothing in itertools.product(("data", "out"), (None, "")):
         with pytest.raises(ValueError, match=f"--{name} is missing"):
-            check(**{name: None})
+            check(**{name: nothing})
     wrong = dict(steps=0, batch=0, micro_batch=0, lr=-1.0, warmup=-1, clip=-0.1, workers=-1, log_every=0, keep_every=-1)
     wrong |= dict(lr=float("inf"), clip=float("nan"), steps=10**400, workers=257)
-    more = {train_ar: dict(epochs=float("inf"), class_dropout=1.5, dropout=-0.1, layers=0, width=0, weight_decay=-1.0)}
+    more = {train_ar: dict(epochs=0.0, class_dropout=1.5, dropout=-0.1, layers=0, width=0, weight_decay=-1.0)}
     more[train_tokenizer] = dict(times=0, decay=1.5, lpips=-1.0, repa=float("nan"), codebook_warmup=-1)
     for name, value in [*(wrong | more[script]).items(), ("seed", 2**31), ("seed", -1)]:
         with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')} .*: expected"):
