@@ -170,7 +170,7 @@ def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, h: float, solver: s
 # Choosing a row has no gradient. So z passes its gradient on to f as if the two were equal ("straight through"), and
 # two losses bring them together, where sg[] means "without gradient":
 #     l_vq     = |sg[f] - z|^2           moves the codebook's rows to the features
-#     l_commit = |f - sg[z]|^2           keeps the features near the rows, with a weight of 0.25
+#     l_commit = |f - sg[z]|^2           keeps the features near the rows; chapter 5 weighs it with 0.25
 
 
 class VectorQuantizer(nn.Module):
@@ -536,7 +536,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         code_noise: [B, N, D], for a codebook warm-up (ours): added to the features instead of quantizing them.
             Fresh features are all alike and would share few codes.
         Returns what tokenizer_loss needs: "fm", l_fm of eq. 2 / data_scale²: the squared error of v / data_scale;
-        "vq" and "commit", times commit_weight, and "kept", the number of tokens of which both are means; "pred_image",
+        "vq"; "commit", which is multiplied by commit_weight; "kept", of how many tokens both are means; "pred_image",
         jump estimates [B·R, 3, H, W], not clamped; "repa" [B·R, g·g, 768], with a REPA head; "codes" int64 [B, N]."""
         c, batch = self.config, len(images)
         s = (torch.rand(batch, device=images.device) if s is None else s).view(batch, -1)  # [B, R]
@@ -673,7 +673,7 @@ class ARConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, where rms(x) = sqrt(mean(x²) + 1e-5); the quotient in float32."""
+    """x / rms(x) · weight, where rms(x) = sqrt(mean(x²) + 1e-5); the quotient is computed in float32."""
 
     def __init__(self, width: int):
         super().__init__()

@@ -161,7 +161,7 @@ def load_inception(weights: str | Path | None = None) -> InceptionV3:
 
 
 def moments(features: torch.Tensor, total: tuple | None = None) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Adds [N, D] features to the float64 moments `total` (changed in place): N, mean, sum (x - mean)(x - mean)^T."""
+    """Adds [N, D] features to the float64 moments `total`, which it uses up: N, mean, sum (x - mean)(x - mean)^T."""
     x, d = features.double(), features.shape[1]
     count, mean, square = total or (0, x.new_zeros(d), x.new_zeros(d, d))
     n, delta = len(x), x.mean(0) - mean

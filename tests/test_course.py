@@ -44,11 +44,11 @@ def flow(monkeypatch):
     def interpolate(x0, x1, t):
         return column(t) * x1 + (1 - column(t)) * x0
 
-    def jump_estimate(x_t, v, t):
-        return x_t + (1 - column(t)) * v
+    def jump_estimate(x_t, velocity, t):
+        return x_t + (1 - column(t)) * velocity
 
-    def solver_step(x, v, before, h, solver):
-        return x + h * (v if solver == "euler" or before is None else (3 * v - before) / 2)
+    def solver_step(x, v, v_prev, h, solver):
+        return x + h * (v if solver == "euler" or v_prev is None else (3 * v - v_prev) / 2)
 
     monkeypatch.setattr(dar, "shift_time", time_of)
     monkeypatch.setattr(dar, "sampling_schedule", steps_of)
@@ -185,7 +185,12 @@ def tokenizer(make_tokenizer):
     """K = 4 groups of 2 tokens; `calls` are those of its velocity."""
     tokenizer = make_tokenizer(num_tokens=K * SIZE, num_groups=K, image_size=8, time_shift=3.0, data_scale=0.5)
     tokenizer.calls = []
-    tokenizer.velocity = lambda *args: tokenizer.calls.append(args) or formula(*args)
+
+    def velocity(x_t, t, group_z):
+        tokenizer.calls.append(t)
+        return formula(x_t, t, group_z)
+
+    tokenizer.velocity = velocity
     return tokenizer
 
 
@@ -209,6 +214,7 @@ def test_denoising_is_the_sampling_loop_of_eq8(flow, tokenizer, num_steps, solve
         before, newest[k] = v, (x / 0.5, len(estimates))
     steps = list(tokenizer.denoise(groups, noise, num_steps, solver))
     assert len(steps) == K and len(tokenizer.calls) == num_steps  # a preview costs no call
+    assert all(t.shape == (1,) and t.dtype == torch.float32 for t in tokenizer.calls)
     for k, step in enumerate(steps):
         expected, count = newest[max(i for i in newest if i <= k)]
         assert torch.equal(step.codes, codes[:, : SIZE * (k + 1)])
@@ -255,8 +261,8 @@ def writer(monkeypatch):
     """generate_groups as a stand-in that notes its arguments and gives groups of zeros, one for each next()."""
     calls = []
 
-    def generate(ar, labels, group_size, num_tokens=None, **settings):
-        calls.append((group_size, num_tokens, settings))
+    def generate(ar, labels, group_size, num_tokens=None, cfg=(1.1, 8.0), seeds=None, *rest, **more):
+        calls.append((group_size, num_tokens, dict(cfg=cfg, seeds=seeds) | more))
         for _ in range(ar.config.num_tokens // group_size):
             calls.append("a group")
             yield torch.zeros(len(labels), group_size, dtype=torch.int64)
@@ -281,6 +287,14 @@ def test_stream_draws_each_group_and_shows_it_at_once(flow, writer, tokenizer):
     noise = dar.initial_noise([4, 5, 6], 8, LABELS.device)
     *_, expected = tokenizer.denoise(some_groups(tokenizer)[1][0].mul(0).repeat(1, K).split(SIZE, 1), noise, 8)
     assert torch.equal(step.x, expected.x)
+
+
+def test_without_seeds_noise_and_tokens_have_the_same_random_ones(flow, writer, tokenizer):
+    noises, real = [], dar.initial_noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dar, "initial_noise", lambda seeds, *args: noises.append(list(seeds)) or real(seeds, *args))
+        list(dar.stream(ar_of(tokenizer), tokenizer, LABELS))
+    assert list(writer[0][2]["seeds"]) == noises[0] and len(noises[0]) == 3
 
 
 def test_stream_takes_noise_and_solver_and_refuses_another_models_tokenizer(flow, writer, tokenizer):
@@ -433,7 +447,7 @@ def test_keys_and_values_go_through_the_cache():
     mask[:, 0] = True
     rope = torch.stack((torch.rand(3, 32), torch.rand(3, 32)), -1)
     kept = torch.randn(2, 2, 2, 9, 64)
-    cache = types.SimpleNamespace(put=lambda *args: puts.append(args) or kept)
+    cache = types.SimpleNamespace(put=lambda k, v, place, length: puts.append((k, v, place, length)) or kept)
     out = attention(x, rope, mask, cache, place)
     ((k, v, places, length),) = puts
     assert places is place and length == 9

@@ -306,9 +306,9 @@ def test_metrics_refuse_what_cannot_be_measured():
             fid.frechet_distance(mean, sigma, *covariance(bad))
     with pytest.raises(ValueError, match="N, M > 3"):
         fid.precision_recall(x, x[:3])
-    with pytest.raises(ValueError, match=r"\[10, 5\], \[10, 4\]"):
+    with pytest.raises(ValueError, match=r"10, 5\D+10, 4\D"):
         fid.precision_recall(x, x[:, :4])
-    with pytest.raises(ValueError, match=r"\(5,\), \(5, 5\), \(4,\)"):
+    with pytest.raises(ValueError, match=r"5\D+5, 5\D+4\D+5, 5\D"):
         fid.frechet_distance(mean, sigma, mean[:4], sigma)
     with pytest.raises(ValueError, match="softmax"):
         fid.inception_score(x)

@@ -66,9 +66,11 @@ def test_rmsnorm_divides_by_the_root_mean_square():
 def test_rmsnorm_computes_in_float32(dtype):
     x = (1000 * torch.randn(8, 256)).to(dtype)  # the squares overflow float16 and lose digits in bfloat16
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    out = dar.RMSNorm(256).to(dtype)(x)
+    norm = dar.RMSNorm(256).to(dtype)
+    norm.weight.data.uniform_(0.5, 2.0)
+    out = norm(x)
     assert out.dtype == dtype
-    torch.testing.assert_close(out, exact.float().to(dtype), rtol=0, atol=0)
+    torch.testing.assert_close(out, exact.float().to(dtype) * norm.weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("width, hidden", [(64, 256), (128, 512), (384, 1024), (768, 2048), (1024, 2816), (1280, 3584)])
