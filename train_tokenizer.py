@@ -35,6 +35,7 @@ RECIPES = {
     "cifar10": OURS | dict(steps=5000),
     "shapes": OURS | dict(steps=2000, lr=4e-3, warmup=50, codebook_warmup=150, times=4, decay=0.9),
 }
+NET_NOISE = 0.5  # largest standard deviation of --lpips-net's noise; experiments/classifier.py is trained with --noise
 WARMUP_NOISE = 0.18  # a standard deviation: about 0.5 in 8 dimensions, how far 1024 spread codes are from a feature
 
 
@@ -139,6 +140,8 @@ def load_lpips(vgg: str | None, classifier: str | None = None) -> nn.Module:
     """LPIPS (VGG, v0.1), frozen: (images, images) in [-1, 1] -> [B, 1, 1, 1]. vgg: torchvision's file, else fetched.
     classifier: the file of a small classifier whose features are compared instead, -> [B]."""
     if classifier is not None:
+        from experiments.classifier import PerceptualDistance, load_classifier
+
         return PerceptualDistance(load_classifier(classifier, "cpu")).eval()
     import lpips
 
@@ -176,70 +179,6 @@ def in_float32(network):
             return network(*(x.float() for x in images))
 
     return function
-
-
-# A small network in VGG-16's place, for images of 32 pixels; experiments/classifier.py trains it.
-def conv(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-class Residual(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
-
-
-class Classifier(nn.Module):
-    """A residual network of eight convolutions, 1.6M parameters: float [B, 3, 32, 32] in [-1, 1] to logits."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            conv(3, 32), conv(32, 64), nn.MaxPool2d(2), Residual(conv(64, 64), conv(64, 64)),
-            conv(64, 128), nn.MaxPool2d(2), conv(128, 256), nn.MaxPool2d(2),
-            Residual(conv(256, 256), conv(256, 256)), nn.AdaptiveMaxPool2d(1), nn.Flatten(),
-        )  # fmt: skip
-        self.head = nn.Linear(256, num_classes)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, classes] and the penultimate features [B, 256]."""
-        features = self.body(x)
-        return self.head(features), features
-
-
-def load_classifier(path, device) -> Classifier:
-    """The trained judge, in eval mode. Raises FileNotFoundError or ValueError naming the file."""
-    state = dar.read_checkpoint(path)
-    model = Classifier(len(state.get("head.bias", [0])))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError:
-        raise ValueError(f"{path}: no classifier; python experiments/classifier.py makes one") from None
-    return model.eval().to(device)
-
-
-class PerceptualDistance(nn.Module):
-    """In the manner of LPIPS: squared distances of two images' features, of length one at each place, averaged over
-    the places and summed over four stages of the network. float [B, 3, 32, 32] in [-1, 1], twice -> [B]."""
-
-    STAGES = 3, 4, 6, 8  # of Classifier.body: 64 channels at 16x16, 128 at 16x16, 256 at 8x8, 256 at 4x4
-
-    def __init__(self, classifier: Classifier):
-        super().__init__()
-        self.body = classifier.body.requires_grad_(False).eval()
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        found = []
-        with torch.autocast(x.device.type, torch.bfloat16, dar.has_fast_bfloat16(x.device)):
-            x = x.to(memory_format=torch.channels_last)
-            for i, layer in enumerate(self.body[: self.STAGES[-1] + 1]):
-                x = layer(x)
-                if i in self.STAGES:
-                    found.append(F.normalize(x.float(), dim=1, eps=1e-3))
-        return found
-
-    def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        pairs = zip(self.features(images), self.features(references))
-        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs)
 
 
 class CodeUse:
@@ -360,6 +299,15 @@ def main() -> int:
     following = f"train_ar.py {llama} --tokenizer {args.out}/last.pt --out {args.out.rstrip('/')}-ar"
     run = training.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns, following)
 
+    def for_small_images(s: Tensor, positions: Tensor):
+        """--lpips-net, in two ways unlike LPIPS in eq. 7, for without them every patch gets the same dots. An estimate
+        counts s: early ones cannot know the details that the loss asks for. And both images get the same noise, which
+        the classifier is used to: through it, faint dots are not seen."""
+        sigma = NET_NOISE * draw_times(args.seed + 2, positions, args.times, device)  # uniform in 0 ... 0.5
+        noise = sample_noise(args.seed + 2, positions, (args.times, 3, data.size, data.size), device)
+        noise = (sigma[..., None, None, None] * noise).flatten(0, 1)
+        return lambda estimates, images: s.flatten() * lpips(estimates + noise, images + noise)
+
     def losses(chunk) -> dict[str, Tensor]:
         """Eq. 7 for a micro-batch. Its terms are means over the global batch once they are summed over micro-batches
         and averaged over processes: most over equal shares, the quantizer's over all tokens that were kept."""
@@ -372,7 +320,8 @@ def main() -> int:
             code_noise = WARMUP_NOISE * sample_noise(args.seed + 1, positions, code_shape, device)
         out = run.parallel(images, s, noise, code_noise)
         use.add(out["codes"])
-        found = dar.tokenizer_loss(out, images, lpips, args.lpips, dinov2 and dinov2(images), args.repa)
+        compare = for_small_images(s, positions) if args.lpips_net else lpips
+        found = dar.tokenizer_loss(out, images, compare, args.lpips, dinov2 and dinov2(images), args.repa)
         share, part = len(images) / run.share, out["kept"] * processes.world / kept
         return {name: loss * (part if name in ("vq", "commit") else share) for name, loss in found.items()}
 

@@ -1,12 +1,13 @@
 """README.md here, "What the shipped model is": a small CIFAR-10 classifier, for two uses that need one training each.
 
-    python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/classifier.pt
+    python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/classifier.pt --noise 0.5
     python experiments/classifier.py --data cifar10/train --val cifar10/test --out runs/judge.pt --seed 1
 
 Trains it and prints its accuracy on the held-out images. As runs/classifier.pt it lends train_tokenizer.py its features
-for the perceptual loss, since LPIPS's and DINOv2's networks are made for larger images. As runs/judge.pt, from another
-seed, it says whether a picture looks like the class it was drawn for, and its penultimate features stand in for
-Inception's in a Frechet distance. That is no FID, and numbers from two judges must not be compared.
+for the perceptual loss, since LPIPS's and DINOv2's networks are made for larger images. --noise is added to the images
+that it learns from, so that its features do not depend on faint patterns. As runs/judge.pt, from another seed, it says
+whether a picture looks like the class it was drawn for, and its penultimate features stand in for Inception's in a
+Frechet distance. That is no FID, and numbers from two judges must not be compared.
 """
 
 import argparse
@@ -18,12 +19,74 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import dar
 import training
-from train_tokenizer import Classifier, load_classifier  # noqa: F401 (cifar10_tables.py takes it from here)
+
+
+def conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Classifier(nn.Module):
+    """A residual network of eight convolutions, 1.6M parameters: float [B, 3, 32, 32] in [-1, 1] to logits."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            conv(3, 32), conv(32, 64), nn.AvgPool2d(2), Residual(conv(64, 64), conv(64, 64)),
+            conv(64, 128), nn.AvgPool2d(2), conv(128, 256), nn.AvgPool2d(2),
+            Residual(conv(256, 256), conv(256, 256)), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Linear(256, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, classes] and the penultimate features [B, 256]."""
+        features = self.body(x)
+        return self.head(features), features
+
+
+def load_classifier(path, device) -> Classifier:
+    """The trained judge, in eval mode. Raises FileNotFoundError or ValueError naming the file."""
+    state = dar.read_checkpoint(path)
+    model = Classifier(len(state.get("head.bias", [0])))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError(f"{path}: no classifier; python experiments/classifier.py makes one") from None
+    return model.eval().to(device)
+
+
+class PerceptualDistance(nn.Module):
+    """In the manner of LPIPS: squared distances of two images' features, of length one at each place, averaged over
+    the places and summed over five stages of the network. float [B, 3, 32, 32] in [-1, 1], twice -> [B]."""
+
+    STAGES = 3, 4, 6, 8, 9  # of Classifier.body: 64 channels at 16x16, 128 there, 256 at 8x8, 256 at 4x4, their mean
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.body = classifier.body.requires_grad_(False).eval()
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        found = []
+        with torch.autocast(x.device.type, torch.bfloat16, dar.has_fast_bfloat16(x.device)):
+            x = x.to(memory_format=torch.channels_last)
+            for i, layer in enumerate(self.body[: self.STAGES[-1] + 1]):
+                x = layer(x)
+                if i in self.STAGES:
+                    found.append(F.normalize(x.float(), dim=1, eps=1e-3))
+        return found
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        pairs = zip(self.features(images), self.features(references))
+        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs)
 
 
 def all_images(data: training.ImageData) -> Tensor:
@@ -60,11 +123,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.2)
+    parser.add_argument("--noise", type=float, default=0.0, help="largest standard deviation of noise (default: 0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     args = parser.parse_args()
     if min(args.epochs, args.batch) < 1:
         raise ValueError(f"--epochs {args.epochs} --batch {args.batch}: expected at least 1 of each")
+    dar.require(0 <= args.noise < 100, f"--noise {args.noise}: expected 0 ... 100")
     device, out = dar.pick_device(args.device), Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     data, val = training.ImageData(args.data, 32), training.ImageData(args.val, 32, held_out=True)
@@ -87,6 +152,8 @@ def main() -> None:
         for group in optimizer.param_groups:  # up for a fifth of the steps, then down to 0
             group["lr"] = args.lr * min(5 * done, 0.5 + 0.5 * math.cos(math.pi * (done - 0.2) / 0.8))
         batch = shifted_and_mirrored(dar.to_float(images[chosen]), generator)
+        sigma = args.noise * torch.rand(len(batch), 1, 1, 1, generator=generator)
+        batch = batch + sigma * torch.randn(batch.shape, generator=generator)
         batch = batch.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, dar.has_fast_bfloat16(device)):
             logits, _ = model(batch)

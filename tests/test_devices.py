@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dar
 import fid
 import train_tokenizer
+from experiments import classifier
 
 B = 2
 GPU = torch.device("cuda", 0)
@@ -45,7 +46,7 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
 def machine(make_tokenizer, make_ar) -> tuple[FakeTensorMode, list[torch.nn.Module]]:
     """The mode, and models in it: tokenizer, Llama, VGG for LPIPS, the small classifier, Inception."""
     vgg = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-    models = make_tokenizer(repa_layer=1), make_ar(), vgg, train_tokenizer.Classifier(10), fid.InceptionV3()
+    models = make_tokenizer(repa_layer=1), make_ar(), vgg, classifier.Classifier(10), fid.InceptionV3()
     with FakeTensorMode() as mode:
         return mode, [moved(model.eval()) for model in models]
 
@@ -78,7 +79,7 @@ def train_the_tokenizer(tokenizer, ar, vgg, judge, inception):
     images = zeros(B, 3, 32, 32)
     out = tokenizer(images, zeros(B, 3), code_noise=zeros(B, 32, 8))
     target = zeros(B, 64, 768)
-    distance = train_tokenizer.PerceptualDistance(judge)
+    distance = classifier.PerceptualDistance(judge)
     losses = dar.tokenizer_loss(out, images, train_tokenizer.in_float32(vgg), 0.5, target)
     losses["judge"] = dar.tokenizer_loss(out, images, distance)["lpips"]
     return sum(losses.values())

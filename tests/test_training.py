@@ -37,6 +37,7 @@ import dar
 import train_ar
 import train_tokenizer
 import training
+from experiments import classifier
 
 CPU = torch.device("cpu")
 
@@ -455,7 +456,7 @@ def test_gradients_of_lpips_reach_decoder_and_encoder_and_stop_at_vgg(frozen, ma
 
 def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokenizer):
     torch.manual_seed(0)
-    torch.save(train_tokenizer.Classifier(10).eval().state_dict(), work / "classifier.pt")
+    torch.save(classifier.Classifier(10).eval().state_dict(), work / "classifier.pt")
     net, tokenizer = train_tokenizer.load_lpips(None, str(work / "classifier.pt")), make_tokenizer()
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     images = torch.rand(2, 3, 32, 32) * 2 - 1
