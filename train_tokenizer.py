@@ -296,6 +296,7 @@ def main() -> int:
     terms = ["fm", "vq", "commit"] + ["lpips"] * (lpips is not None) + ["repa"] * (dinov2 is not None)
     columns, use = ["code_use", "constant_positions", "val_psnr", "val_code_use"], CodeUse(config, processes)
     llama = f"--preset {args.preset if args.preset in dar.AR_PRESETS else 'XL'} --data {args.data}"
+    llama += f" --val {args.val}" if args.val else ""
     following = f"train_ar.py {llama} --tokenizer {args.out}/last.pt --out {args.out.rstrip('/')}-ar"
     run = training.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns, following)
 

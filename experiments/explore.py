@@ -65,7 +65,7 @@ const show = (element, sprite, column, columns, row, rows) => {
   element.style.backgroundPosition = `${place(column, columns)} ${place(row, rows)}` }
 data.names.forEach((name, i) => $("class").add(new Option(name, i)))
 data.seeds.forEach((seed, i) => $("seed").add(new Option(seed, i)))
-$("group").max = K; $("group").value = Math.ceil(K / 2); $("kept").max = K; $("kept").value = Math.round(K / 4)
+$("group").max = K; $("group").value = Math.ceil(K / 2); $("kept").max = K; $("kept").value = 1
 for (let i = 0; i < data.codes[0].length; i++) $("tokens").append(document.createElement("span"))
 $("tokens").style.gridTemplateColumns = `repeat(${data.codes[0].length / K}, 1fr)`
 data.names.forEach(name => {

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--class-name", default="ship", help="name or number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg", type=float, nargs=2, default=[4.0, 4.0])
-    parser.add_argument("--out", type=Path, default=Path("assets/how.png"))
+    parser.add_argument("--out", type=Path, default=Path("how.png"))
     args = parser.parse_args()
     if args.out.suffix.lower() not in dar.IMAGE_SUFFIXES or not args.out.resolve().parent.is_dir():
         raise ValueError(f"{args.out}: expected a name ending in .png or another image's, in a folder that exists")
