@@ -134,3 +134,16 @@ def test_compiling_says_nothing(tmp_path):
     command = [sys.executable, "-W", "ignore:Guards may run slower", "-c", program]  # said on Python 3.13.0 alone
     done = subprocess.run(command, cwd=Path(dar.__file__).parent, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, compiled dropout draws its own numbers")
+def test_a_compiled_training_step_drops_what_the_plain_one_drops(make_ar):
+    ar = make_ar(dropout=0.5).train()
+    codes, losses = torch.randint(64, (4, 32)), []
+    for model in (ar, dar.quiet_compile(ar)):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            losses.append(
+                dar.ar_loss(model, codes, torch.arange(4), torch.zeros(4).bool(), ar.config.num_classes).item()
+            )
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5) and abs(losses[0] - losses[1]) > 1e-3
