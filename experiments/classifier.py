@@ -68,7 +68,9 @@ class PerceptualDistance(nn.Module):
     """In the manner of LPIPS: squared distances of two images' features, of length one at each place, averaged over
     the places and summed over five stages of the network. float [B, 3, 32, 32] in [-1, 1], twice -> [B]."""
 
-    STAGES = 3, 4, 6, 8, 9  # of Classifier.body: 64 channels at 16x16, 128 there, 256 at 8x8, 256 at 4x4, their mean
+    # {part of Classifier.body: its weight}: 64 channels at 16x16, 128 there, 256 at 8x8, 256 at 4x4, their mean. The
+    # later ones say most about the class, but differ least.
+    STAGES = {3: 0.5, 4: 0.5, 6: 1.0, 8: 2.0, 9: 4.0}
 
     def __init__(self, classifier: Classifier):
         super().__init__()
@@ -78,15 +80,15 @@ class PerceptualDistance(nn.Module):
         found = []
         with torch.autocast(x.device.type, torch.bfloat16, dar.has_fast_bfloat16(x.device)):
             x = x.to(memory_format=torch.channels_last)
-            for i, layer in enumerate(self.body[: self.STAGES[-1] + 1]):
+            for i, layer in enumerate(self.body[: max(self.STAGES) + 1]):
                 x = layer(x)
                 if i in self.STAGES:
                     found.append(F.normalize(x.float(), dim=1, eps=1e-3))
         return found
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        pairs = zip(self.features(images), self.features(references))
-        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in pairs)
+        pairs = zip(self.STAGES.values(), self.features(images), self.features(references))
+        return sum(weight * (a - b).square().sum(1).mean((1, 2)) for weight, a, b in pairs)
 
 
 def all_images(data: training.ImageData) -> Tensor:
