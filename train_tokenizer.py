@@ -35,7 +35,6 @@ RECIPES = {
     "cifar10": OURS | dict(steps=5000),
     "shapes": OURS | dict(steps=2000, lr=4e-3, warmup=50, codebook_warmup=150, times=4, decay=0.9),
 }
-NET_NOISE = 0.5  # largest standard deviation of --lpips-net's noise; experiments/classifier.py is trained with --noise
 WARMUP_NOISE = 0.18  # a standard deviation: about 0.5 in 8 dimensions, how far 1024 spread codes are from a feature
 
 
@@ -49,7 +48,7 @@ class Arguments(training.Arguments):
     no_flip: bool = option("do not mirror images at random", False)
     lpips: float | None = option("weight of the LPIPS loss; 0: without (default: the recipe's)", least=0)
     repa: float | None = option("weight of the REPA loss; 0: without (default: the recipe's)", least=0)
-    lpips_net: str | None = option("an experiments/classifier.py instead of VGG-16, for images of 32 pixels")
+    lpips_net: tuple[str, ...] = option("for 32 pixels: classifiers instead of VGG-16, in turns", (), nargs="+")
     vgg: str | None = option("torchvision's VGG-16 weights for LPIPS (default: fetched by torch.hub)")
     dinov2: str | None = option("DINOv2 ViT-B/14 weights for REPA (default: fetched by torch.hub)")
     dinov2_repo: str | None = option("a clone of DINOv2's repository (default: fetched by torch.hub)")
@@ -72,7 +71,7 @@ def build_config(args: Arguments) -> dar.TokenizerConfig:
     if args.repa and config.repa_layer is None:
         raise ValueError(f"--repa {args.repa}: the {args.preset} model has no REPA head; add --set repa_layer=4, say")
     if args.lpips_net and not args.lpips:
-        raise ValueError(f"--lpips-net {args.lpips_net}: has no effect without a weight, --lpips 0.5, say")
+        raise ValueError(f"--lpips-net {args.lpips_net[0]}: has no effect without a weight, --lpips 0.5, say")
     return config
 
 
@@ -136,13 +135,8 @@ def load_frozen(load, what: str, arguments: str) -> nn.Module:
         raise OSError(f"{what} {reason}; {prefetch}, or give {arguments}") from None
 
 
-def load_lpips(vgg: str | None, classifier: str | None = None) -> nn.Module:
-    """LPIPS (VGG, v0.1), frozen: (images, images) in [-1, 1] -> [B, 1, 1, 1]. vgg: torchvision's file, else fetched.
-    classifier: the file of a small classifier whose features are compared instead, -> [B]."""
-    if classifier is not None:
-        from experiments.classifier import PerceptualDistance, load_classifier
-
-        return PerceptualDistance(load_classifier(classifier, "cpu")).eval()
+def load_lpips(vgg: str | None) -> nn.Module:
+    """LPIPS (VGG, v0.1), frozen: (images, images) in [-1, 1] -> [B, 1, 1, 1]. vgg: torchvision's file, else fetched."""
     import lpips
 
     options = dict(net="vgg", pnet_rand=vgg is not None, verbose=False)
@@ -280,8 +274,12 @@ def main() -> int:
     data = processes.first_alone(lambda: training.ImageData(args.data, config.image_size))
     val = training.ImageData(args.val, config.image_size, held_out=True) if args.val else None
     lpips = dinov2 = None
-    if args.lpips:
-        lpips = in_float32(processes.first_alone(lambda: load_lpips(args.vgg, args.lpips_net)).to(device))
+    if args.lpips_net:
+        from experiments.classifier import PerceptualDistance, load_classifier
+
+        nets = [PerceptualDistance(load_classifier(file, device)) for file in args.lpips_net]
+    elif args.lpips:
+        lpips = in_float32(processes.first_alone(lambda: load_lpips(args.vgg)).to(device))
     if args.repa:
         network = processes.first_alone(lambda: load_dinov2(args.dinov2_repo, args.dinov2)).to(device)
         grid = min(config.image_size // config.diffusion_patch, dar.DiffusionDecoder.REPA_GRID)
@@ -293,7 +291,7 @@ def main() -> int:
     settings = {f"model {k}": v for k, v in dataclasses.asdict(config).items()}
     same = "times", "no_flip", "lpips", "repa", "lpips_net", "codebook_warmup", "init"
     settings |= {"data": data.digest} | {name: getattr(args, name) for name in same}
-    terms = ["fm", "vq", "commit"] + ["lpips"] * (lpips is not None) + ["repa"] * (dinov2 is not None)
+    terms = ["fm", "vq", "commit"] + ["lpips"] * (args.lpips > 0) + ["repa"] * (dinov2 is not None)
     columns, use = ["code_use", "constant_positions", "val_psnr", "val_code_use"], CodeUse(config, processes)
     llama = f"--preset {args.preset if args.preset in dar.AR_PRESETS else 'XL'} --data {args.data}"
     llama += f" --val {args.val}" if args.val else ""
@@ -301,13 +299,15 @@ def main() -> int:
     run = training.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns, following)
 
     def for_small_images(s: Tensor, positions: Tensor):
-        """--lpips-net, in two ways unlike LPIPS in eq. 7, for without them every patch gets the same dots. An estimate
-        counts s: early ones cannot know the details that the loss asks for. And both images get the same noise, which
-        the classifier is used to: through it, faint dots are not seen."""
-        sigma = NET_NOISE * draw_times(args.seed + 2, positions, args.times, device)  # uniform in 0 ... 0.5
+        """--lpips-net, in three ways unlike LPIPS in eq. 7: else every patch gets the same dots. An estimate counts s:
+        early ones cannot know the details that the loss asks for. Both images get the same noise, as strong as the
+        classifier learned with, behind which faint dots are not seen. And classifiers take turns, so that what pleases
+        only one does not pay."""
+        net = nets[run.step % len(nets)]
+        sigma = net.noise * draw_times(args.seed + 2, positions, args.times, device)
         noise = sample_noise(args.seed + 2, positions, (args.times, 3, data.size, data.size), device)
         noise = (sigma[..., None, None, None] * noise).flatten(0, 1)
-        return lambda estimates, images: s.flatten() * lpips(estimates + noise, images + noise)
+        return lambda estimates, images: s.flatten() * net(estimates + noise, images + noise)
 
     def losses(chunk) -> dict[str, Tensor]:
         """Eq. 7 for a micro-batch. Its terms are means over the global batch once they are summed over micro-batches

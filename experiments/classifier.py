@@ -36,10 +36,12 @@ class Residual(nn.Sequential):
 
 
 class Classifier(nn.Module):
-    """A residual network of eight convolutions, 1.6M parameters: float [B, 3, 32, 32] in [-1, 1] to logits."""
+    """A residual network of eight convolutions, 1.6M parameters: float [B, 3, 32, 32] in [-1, 1] to logits. noise: the
+    largest standard deviation of noise on the images that it learns from."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, noise: float = 0.0):
         super().__init__()
+        self.register_buffer("noise", torch.tensor(noise))
         self.body = nn.Sequential(
             conv(3, 32), conv(32, 64), nn.AvgPool2d(2), Residual(conv(64, 64), conv(64, 64)),
             conv(64, 128), nn.AvgPool2d(2), conv(128, 256), nn.AvgPool2d(2),
@@ -74,7 +76,7 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self, classifier: Classifier):
         super().__init__()
-        self.body = classifier.body.requires_grad_(False).eval()
+        self.body, self.noise = classifier.body.requires_grad_(False).eval(), classifier.noise.item()
 
     def features(self, x: Tensor) -> list[Tensor]:
         found = []
@@ -143,7 +145,7 @@ def main() -> None:
     dar.keep_freed_memory()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    model = Classifier(len(data.class_names)).to(device, memory_format=torch.channels_last)
+    model = Classifier(len(data.class_names), args.noise).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, 0.9, weight_decay=5e-4, nesterov=True)
     steps = args.epochs * (len(images) // args.batch)
     bar = tqdm(range(steps), unit="step", dynamic_ncols=True)
@@ -154,7 +156,7 @@ def main() -> None:
         for group in optimizer.param_groups:  # up for a fifth of the steps, then down to 0
             group["lr"] = args.lr * min(5 * done, 0.5 + 0.5 * math.cos(math.pi * (done - 0.2) / 0.8))
         batch = shifted_and_mirrored(dar.to_float(images[chosen]), generator)
-        sigma = args.noise * torch.rand(len(batch), 1, 1, 1, generator=generator)
+        sigma = model.noise.item() * torch.rand(len(batch), 1, 1, 1, generator=generator)
         batch = batch + sigma * torch.randn(batch.shape, generator=generator)
         batch = batch.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, dar.has_fast_bfloat16(device)):

@@ -456,9 +456,11 @@ def test_gradients_of_lpips_reach_decoder_and_encoder_and_stop_at_vgg(frozen, ma
 
 def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokenizer):
     torch.manual_seed(0)
-    torch.save(classifier.Classifier(10).eval().state_dict(), work / "classifier.pt")
-    net, tokenizer = train_tokenizer.load_lpips(None, str(work / "classifier.pt")), make_tokenizer()
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    for file in ("first.pt", "second.pt"):
+        torch.save(classifier.Classifier(10).eval().state_dict(), work / file)
+    net = classifier.PerceptualDistance(classifier.load_classifier(work / "first.pt", "cpu"))
+    tokenizer = make_tokenizer()
+    assert not net.body.training and not any(p.requires_grad for p in net.parameters())
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert net(images, images).max() == 0
     near, far = (net(images + width * torch.randn_like(images), images) for width in (0.05, 0.5))
@@ -466,9 +468,11 @@ def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokeniz
     out = tokenizer(images, torch.tensor([0.2, 0.7]), torch.randn(2, 3, 32, 32))
     net(out["pred_image"], images).mean().backward()
     assert tokenizer.encoder_layers[0].mlp.fc1.weight.grad.abs().max() > 0
-    words = "--out with-classifier --steps 2 --lpips 0.5 --lpips-net classifier.pt".split()
-    run(*TOKENIZER, *words, cwd=work)
-    assert all(float(row["lpips"]) > 0 for row in log(work / "with-classifier"))
+    words = "--steps 2 --log-every 1 --lpips 0.5 --lpips-net first.pt".split()
+    run(*TOKENIZER, *words, "--out", "one-net", cwd=work)
+    run(*TOKENIZER, *words, "second.pt", "--out", "two-nets", cwd=work)
+    one, two = ([float(row["lpips"]) for row in log(work / name)] for name in ("one-net", "two-nets"))
+    assert min(one + two) > 0 and one[0] == two[0] and one[1] != two[1]  # they take turns
 
 
 @pytest.mark.slow
