@@ -76,7 +76,7 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self, classifier: Classifier):
         super().__init__()
-        self.body, self.noise = classifier.body.requires_grad_(False).eval(), classifier.noise.item()
+        self.body, self.noise = classifier.body.requires_grad_(False).eval(), classifier.noise
 
     def features(self, x: Tensor) -> list[Tensor]:
         found = []
