@@ -16,39 +16,54 @@ from PIL import Image, ImageDraw, ImageFont
 
 import dar
 
-WIDTH, HEIGHT, LEFT, BOTTOM, ZOOM = 640, 360, 50, 40, 2  # drawn ZOOM times as large and averaged down
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 50, 130, 28, 40  # of a panel, and of its margins
+ZOOM = 2  # drawn so many times as large and averaged down
 
 
-def plot(rows: list[dict[str, str]], shown: int) -> Image.Image:
-    """The rows of log.csv that were measured; `shown` of them are drawn, evenly spaced, back from the last."""
-    groups = [name for name in rows[0] if name.startswith("val_group_")]
-    rows = rows[:: -max(1, len(rows) // shown)][:shown][::-1]
-    curves = {f"step {row['step']}": [float(row[name]) for name in groups] for row in rows}
-    top = 1.1 * max(max(curve) for curve in curves.values())
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between low and high: five to eight."""
+    step = next(s * 10**e for e in range(-6, 9) for s in (1, 2, 5) if (high - low) / (s * 10**e) <= 8)
+    return [i * step for i in range(round(low / step + 0.499), int(high / step + 1e-9) + 1)]
+
+
+def panel(curves: dict[str, list[tuple[float, float]]], across: str, up: str, low: float | None = None) -> Image.Image:
+    """Lines through the points (x, y) of each curve, later curves darker; y from `low` or the smallest value up."""
+    points = [point for curve in curves.values() for point in curve]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    left, right = min(xs), max(max(xs), min(xs) + 1e-9)
+    low, high = min(ys) if low is None else low, max(ys)
+    high = max(high + 0.05 * (high - low), low + 1e-9)
     picture = Image.new("RGB", (WIDTH * ZOOM, HEIGHT * ZOOM), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13 * ZOOM)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        right = LEFT + x / max(len(groups) - 1, 1) * (WIDTH - LEFT - 130)
-        return right * ZOOM, (HEIGHT - BOTTOM - y / top * (HEIGHT - BOTTOM - 20)) * ZOOM
+        x = LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+        return x * ZOOM, (HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - BOTTOM - TOP)) * ZOOM
 
-    for y in range(int(top) + 1):
-        draw.line([at(0, y), at(len(groups) - 1, y)], fill="#dddddd", width=ZOOM)
-        draw.text((at(0, y)[0] - 10 * ZOOM, at(0, y)[1]), str(y), fill="black", font=font, anchor="rm")
-    for x in range(len(groups)):
-        draw.text((at(x, 0)[0], at(x, 0)[1] + 6 * ZOOM), str(x + 1), fill="black", font=font, anchor="mt")
-    middle = (at((len(groups) - 1) / 2, 0)[0], (HEIGHT - 16) * ZOOM)
-    draw.text(middle, "group of tokens", fill="black", font=font, anchor="mt")
-    draw.text((4 * ZOOM, 2 * ZOOM), "held-out nats per token", fill="black", font=font)
+    for y in ticks(low, high):
+        draw.line([at(left, y), at(right, y)], fill="#dddddd", width=ZOOM)
+        draw.text((at(left, y)[0] - 6 * ZOOM, at(left, y)[1]), f"{y:g}", fill="black", font=font, anchor="rm")
+    for x in ticks(left, right):
+        draw.text((at(x, low)[0], at(x, low)[1] + 6 * ZOOM), f"{x:g}", fill="black", font=font, anchor="mt")
+    middle = (at((left + right) / 2, low)[0], (HEIGHT - 16) * ZOOM)
+    draw.text(middle, across, fill="black", font=font, anchor="mt")
+    draw.text((4 * ZOOM, 2 * ZOOM), up, fill="black", font=font)
     for i, (name, curve) in enumerate(curves.items()):
         share = (i + 1) / len(curves)
         colour = tuple(round(235 + share * (end - 235)) for end in (20, 60, 130))
-        points = [at(x, y) for x, y in enumerate(curve)]
-        draw.line(points, fill=colour, width=2 * ZOOM, joint="curve")
-        for x, y in points:
+        draw.line([at(*point) for point in curve], fill=colour, width=2 * ZOOM, joint="curve")
+        for x, y in [at(*point) for point in curve] if len(curve) < 20 else []:
             draw.ellipse((x - 3 * ZOOM, y - 3 * ZOOM, x + 3 * ZOOM, y + 3 * ZOOM), fill=colour)
-        draw.text(((WIDTH - 120) * ZOOM, (20 + 18 * i) * ZOOM), name, fill=colour, font=font)
+        draw.text(((WIDTH - RIGHT + 10) * ZOOM, (20 + 18 * i) * ZOOM), name, fill=colour, font=font)
     return picture.resize((WIDTH, HEIGHT), Image.BOX)
+
+
+def by_group(rows: list[dict[str, str]], shown: int) -> Image.Image:
+    """The rows of log.csv that were measured; `shown` of them are drawn, evenly spaced, back from the last."""
+    groups = [name for name in rows[0] if name.startswith("val_group_")]
+    rows = rows[:: -max(1, len(rows) // shown)][:shown][::-1]
+    curves = {f"step {row['step']}": [(i + 1, float(row[name])) for i, name in enumerate(groups)] for row in rows}
+    return panel(curves, "group of tokens", "held-out nats per token", low=0)
 
 
 def main() -> None:
@@ -61,10 +76,10 @@ def main() -> None:
         rows = [row for row in csv.DictReader(file) if row.get("val_group_0")]
     if not rows:
         raise ValueError(f"{args.log}: no row has val_group_0; was the training given --val?")
-    plot(rows, args.shown).save(args.out)
+    by_group(rows, args.shown).save(args.out)
     last = rows[-1]
-    by_group = " ".join(f"{float(last[name]):.2f}" for name in last if name.startswith("val_group_"))
-    print(f"step {last['step']}: {float(last['val_loss']):.3f} nats per token, by group {by_group}")
+    groups = " ".join(f"{float(last[name]):.2f}" for name in last if name.startswith("val_group_"))
+    print(f"step {last['step']}: {float(last['val_loss']):.3f} nats per token, by group {groups}")
     print(f"shuffled labels {float(last['val_shuffled']):.3f}, unigram {float(last['unigram']):.3f}", end=", ")
     print(f"unigram by position {float(last['unigram_by_position']):.3f}; {args.out}")
 
