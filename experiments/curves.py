@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 
 import dar
-from experiments.loss_by_group import panel
+from loss_by_group import panel
 
 
 def column(rows: list[dict[str, str]], name: str, start: float = 0) -> list[tuple[float, float]]:
