@@ -123,15 +123,16 @@ def load_weights(net: nn.Module, path: str, rename=lambda name: name) -> None:
         raise ValueError(f"{path}: not the weights of {type(net).__name__} ({reason})") from None
 
 
-def load_frozen(load, what: str, arguments: str) -> nn.Module:
-    """load(), without its warnings. Raises OSError with advice if there is no internet, or a damaged file."""
+def load_frozen(load, what: str, file: str, arguments: str) -> nn.Module:
+    """load(), without its warnings. file: what torch.hub fetched it as. Raises OSError with advice if there is no
+    internet, or a damaged file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return load()
     except Exception as error:  # a damaged file can fail in any way there is
         reason = f"cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        prefetch = f"delete what is damaged in {torch.hub.get_dir()} and run --prefetch"
+        prefetch = f"delete {torch.hub.get_dir()}/checkpoints/{file} if it is there, and run --prefetch"
         raise OSError(f"{what} {reason}; {prefetch}, or give {arguments}") from None
 
 
@@ -140,7 +141,7 @@ def load_lpips(vgg: str | None) -> nn.Module:
     import lpips
 
     options = dict(net="vgg", pnet_rand=vgg is not None, verbose=False)
-    net = load_frozen(lambda: lpips.LPIPS(**options), "LPIPS: VGG-16", "--vgg FILE")
+    net = load_frozen(lambda: lpips.LPIPS(**options), "LPIPS: VGG-16", "vgg16-397923af.pth", "--vgg FILE")
     if vgg is not None:  # slice2.5.weight is torchvision's features.5.weight
         load_weights(net.net, vgg, lambda name: "features." + name.split(".", 1)[1])
     return net.requires_grad_(False).eval()
@@ -151,7 +152,8 @@ def load_dinov2(repo: str | None, weights: str | None) -> nn.Module:
     name, options = "facebookresearch/dinov2", dict(pretrained=weights is None, verbose=False)
     options |= dict(source="local") if repo else dict(source="github", trust_repo=True)
     arguments = f"--dinov2-repo DIR (a clone of github.com/{name}) and --dinov2 FILE (its weights)"
-    net = load_frozen(lambda: torch.hub.load(repo or name, "dinov2_vitb14", **options), "REPA: DINOv2", arguments)
+    load, file = lambda: torch.hub.load(repo or name, "dinov2_vitb14", **options), "dinov2_vitb14_pretrain.pth"
+    net = load_frozen(load, "REPA: DINOv2", file, arguments)
     if weights is not None:
         load_weights(net, weights)
     return net.requires_grad_(False).eval()

@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from loss_by_group import panel
 from PIL import Image
 
 import dar
-from loss_by_group import panel
 
 
 def column(rows: list[dict[str, str]], name: str, start: float = 0) -> list[tuple[float, float]]:

@@ -568,11 +568,16 @@ def test_a_missing_network_is_one_line(work, tmp_path, monkeypatch, words, named
 
 
 def test_a_damaged_download_is_named(frozen, tmp_path, monkeypatch):
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth").write_bytes((frozen / "vgg.pth").read_bytes()[:1000])
+    cache, names = tmp_path / "hub" / "checkpoints", {"vgg.pth": "vgg16-397923af.pth"}
+    names["dinov2.pth"] = "dinov2_vitb14_pretrain.pth"
+    cache.mkdir(parents=True)
+    for whole, name in names.items():
+        (cache / name).write_bytes((frozen / whole).read_bytes()[:1000])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(OSError, match=f"LPIPS: VGG-16 cannot be loaded .*delete .*{tmp_path}/hub.*--prefetch"):
+    with pytest.raises(OSError, match=f"VGG-16 cannot be loaded .*delete {cache / names['vgg.pth']} .*--prefetch"):
         train_tokenizer.load_lpips(None)
+    with pytest.raises(OSError, match=f"DINOv2 cannot be loaded .*delete {cache / names['dinov2.pth']} .*--prefetch"):
+        train_tokenizer.load_dinov2(str(frozen / "dinov2"), None)
 
 
 # The Llama's codes
