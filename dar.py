@@ -1262,9 +1262,8 @@ def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
         plain, fast = model.next_logits, quiet_compile(model.next_logits, **options)
         model.next_logits = lambda x, *more: (fast if x.shape[1] == 1 else plain)(x, *more)  # a prefix is read once
     elif isinstance(model, SequentialDiffusionTokenizer) and "velocity" not in vars(model):  # once
-        step = quiet_compile(model.velocity, **options)
-        # contiguous: one compilation serves all groups; a copy, since the next launch writes over its result
-        model.velocity = lambda x, t, tokens: step(x, t, tokens.contiguous()).clone()
+        step = quiet_compile(model.velocity, **options)  # one serves all groups, if their tokens are contiguous
+        model.velocity = lambda x, t, tokens: step(x, t, tokens.contiguous()).clone()  # the next writes over its result
     return model
 
 
@@ -1295,13 +1294,14 @@ class KeptCaches:
 
 def pack_linears(model: nn.Module) -> None:
     """A CPU's Linears get weights in oneDNN's order: products of a few rows take a half to a tenth of the time."""
+    onednn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
+    packed = {torch.float32} | ({torch.bfloat16} if has_fast_bfloat16(torch.device("cpu")) else set())
     for linear in model.modules():  # one by one: a second copy of all weights is never needed
         weight = linear.weight if type(linear) is nn.Linear else None
-        if isinstance(weight, nn.Parameter) and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if onednn and isinstance(weight, nn.Parameter) and weight.device.type == "cpu" and weight.dtype in packed:
             del linear.weight
-            linear.weight = packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-            rest = packed, linear.bias, "none", [], ""
-            linear.forward = lambda x, rest=rest: torch.ops.mkldnn._linear_pointwise(x, *rest)
+            linear.weight = w = onednn._reorder_linear_weight(weight.detach(), None)
+            linear.forward = lambda x, w=w, b=linear.bias: onednn._linear_pointwise(x, w, b, "none", [], "")
 
 
 def attention_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -179,7 +179,9 @@ def test_packed_linears_multiply_as_linears_do(random_weights):
         plain, packed = copy.deepcopy(net).to(dtype), copy.deepcopy(net).to(dtype)
         for _ in range(2):  # packing twice changes nothing more
             dar.pack_linears(packed)
-        assert packed[1][0].weight.is_mkldnn and packed[0].weight.dtype == dtype
+        # bfloat16 stays as it is where the processor has none: oneDNN refuses it there
+        known = dtype == torch.float32 or dar.has_fast_bfloat16(CPU)
+        assert packed[1][0].weight.is_mkldnn == known and packed[0].weight.dtype == dtype
         for rows in (1, 4, 300):
             x = torch.randn(2, rows, 64, dtype=dtype)
             torch.testing.assert_close(packed(x), plain(x), rtol=tolerance, atol=tolerance)
