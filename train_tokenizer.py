@@ -52,7 +52,7 @@ class Arguments(training.Arguments):
     vgg: str | None = option("torchvision's VGG-16 weights for LPIPS (default: fetched by torch.hub)")
     dinov2: str | None = option("DINOv2 ViT-B/14 weights for REPA (default: fetched by torch.hub)")
     dinov2_repo: str | None = option("a clone of DINOv2's repository (default: fetched by torch.hub)")
-    init: str | None = option("start from this tokenizer's averaged weights, without codebook warm-up")
+    init: str | None = option("start from the averaged weights of this tokenizer, or Llama's, without codebook warm-up")
     prefetch: bool = option("download what LPIPS and REPA need, say where it lies, and stop", False)
 
 
@@ -248,6 +248,13 @@ def start_codebook(model, samples: training.Samples, position: int, device) -> N
     model.quantize.embedding.weight.copy_(features[chosen.to(device)])
 
 
+def find_tokenizer(path: str, device: torch.device) -> dar.SequentialDiffusionTokenizer:
+    """A tokenizer's checkpoint, or the tokenizer that a Llama's carries, in float32."""
+    if "tokenizer" in dar.read_checkpoint(path):
+        return dar.load_ar(path, device, torch.float32).tokenizer
+    return dar.load_tokenizer(path, device, torch.float32)
+
+
 def build_model(args: Arguments, config: dar.TokenizerConfig) -> dar.SequentialDiffusionTokenizer:
     """A fresh tokenizer, or --init's weights. Raises ValueError naming its file and a field in which it differs."""
     torch.manual_seed(args.seed)
@@ -255,9 +262,9 @@ def build_model(args: Arguments, config: dar.TokenizerConfig) -> dar.SequentialD
     if config.repa_layer is not None and not args.repa:
         model.diffusion.repa_head.requires_grad_(False)
     if args.init:
-        first = dar.load_tokenizer(args.init, dtype=torch.float32)
+        first = find_tokenizer(args.init, torch.device("cpu"))
         for name, value in dataclasses.asdict(config).items():
-            if getattr(first.config, name) != value:
+            if name != "time_shift" and getattr(first.config, name) != value:  # which no weight's shape depends on
                 raise ValueError(f"--init {args.init}: has {name} = {getattr(first.config, name)}, this run {value}")
         model.load_state_dict(first.state_dict())
     return model

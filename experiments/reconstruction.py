@@ -9,8 +9,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 import dar
 import train_tokenizer
 import training
@@ -25,10 +23,7 @@ def main() -> None:
     parser.add_argument("--picture", help="also write originals, previews and reconstructions there")
     args = parser.parse_args()
     device = dar.pick_device(args.device)
-    if "tokenizer" in dar.read_checkpoint(args.checkpoint):
-        tokenizer = dar.load_ar(args.checkpoint, device, torch.float32).tokenizer
-    else:
-        tokenizer = dar.load_tokenizer(args.checkpoint, device, torch.float32)
+    tokenizer = train_tokenizer.find_tokenizer(args.checkpoint, device)
     data = training.ImageData(args.data, tokenizer.config.image_size, held_out=True)
     if args.picture:
         train_tokenizer.reconstruction_picture(tokenizer, data, device).save(args.picture)

@@ -34,6 +34,7 @@ from command_lines import (
 from PIL import Image
 
 import dar
+import sample
 import train_ar
 import train_tokenizer
 import training
@@ -483,6 +484,15 @@ def test_init_starts_from_the_averaged_weights_of_another_run(work):
     assert all(torch.equal(first[name], second[name]) for name in first)
     done = run(*TOKENIZER, "commit_weight=0.5", *words[:-1], "third", cwd=work, code=2)
     assert "commit_weight" in done.stderr and "tokenizer/last.pt" in done.stderr
+
+
+def test_init_takes_the_tokenizer_of_a_llama_and_any_time_shift():
+    first = dar.load_ar(sample.SHIPPED, dtype=torch.float32).tokenizer
+    args = train_tokenizer.Arguments(init=str(sample.SHIPPED))
+    found = train_tokenizer.build_model(args, dataclasses.replace(first.config, time_shift=9.0))
+    assert found.config.time_shift == 9 and torch.equal(found.patchify.weight, first.patchify.weight)
+    with pytest.raises(ValueError, match="code_dim"):
+        train_tokenizer.build_model(args, dataclasses.replace(first.config, code_dim=7))
 
 
 def test_gradients_of_repa_reach_head_and_encoder_and_stop_at_dinov2(frozen, make_tokenizer):
