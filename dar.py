@@ -1295,7 +1295,7 @@ class KeptCaches:
 def pack_linears(model: nn.Module) -> None:
     """A CPU's Linears get weights in oneDNN's order: products of a few rows take a half to a tenth of the time."""
     onednn = torch.ops.mkldnn if torch.backends.mkldnn.is_available() else None
-    packed = {torch.float32} | ({torch.bfloat16} if has_fast_bfloat16(torch.device("cpu")) else set())
+    packed = {torch.float32} | ({torch.bfloat16} if has_fast_bfloat16(torch.device("cpu")) else set())  # else refused
     for linear in model.modules():  # one by one: a second copy of all weights is never needed
         weight = linear.weight if type(linear) is nn.Linear else None
         if onednn and isinstance(weight, nn.Parameter) and weight.device.type == "cpu" and weight.dtype in packed:
