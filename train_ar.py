@@ -49,6 +49,7 @@ class Arguments(training.Arguments):
     weight_decay: float = option("on matrices only (default: 0.05)", 0.05, least=0)
     dropout: float | None = option("on embeddings, attention and MLP (default: the recipe's)", least=0, most=1)
     class_dropout: float = option("share of samples that train as unconditional (default: 0.1)", 0.1, least=0, most=1)
+    init: str | None = option("start from the weights of this Llama, of the same shape: for other data or tokenizer")
     ema: bool = option("also average the weights, and sample from the average", False)
     on_the_fly: bool = option("tokenize at every step instead of once: no RUN/codes, but slower", False)
     cfg: tuple[float, ...] = option("of the pictures: one number, or start and end", (4.0,), nargs="+")
@@ -233,13 +234,19 @@ def learning_rate(step: int, args: Arguments) -> float:
 
 
 def build_model(args: Arguments, tokenizer, class_names: list[str]) -> dar.ARTransformer:
-    """A fresh Llama for the tokenizer's codes. Raises ValueError for a width or dropout that cannot be."""
+    """A Llama for the tokenizer's codes, fresh or with --init's weights. Raises ValueError for a width or dropout that
+    cannot be, or naming --init's file if its Llama has another shape."""
     torch.manual_seed(args.seed)
     t, preset = tokenizer.config, dar.AR_PRESETS[args.preset]
     width, layers = args.width or preset.width, args.layers or preset.layers
     model = dar.ARTransformer(
         dar.ARConfig(width, layers, t.codebook_size, len(class_names), t.num_tokens, args.dropout)
     )
+    if args.init:
+        first = dar.load_ar(args.init, dtype=torch.float32)
+        same = dataclasses.replace(first.config, dropout=args.dropout) == model.config
+        dar.require(same, f"--init {args.init}: is a {first.config}, this run's a {model.config}")
+        model.load_state_dict(first.state_dict())
     model.class_names = class_names
     model.attach_tokenizer(tokenizer)
     return model
@@ -269,6 +276,7 @@ def main() -> int:
     optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=device.type != "mps")
     settings = {f"model {k}": v for k, v in dataclasses.asdict(model.config).items()}
     settings |= {"data": data.digest, "tokenizer": digest, "class_dropout": args.class_dropout}
+    settings["init"] = args.init
     columns = ["val_loss", "val_shuffled", "unigram", "unigram_by_position"]
     columns += [f"val_group_{k}" for k in range(t.num_groups)]
     following = f"sample.py --ckpt {args.out}/last.pt"

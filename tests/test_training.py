@@ -495,6 +495,16 @@ def test_init_takes_the_tokenizer_of_a_llama_and_any_time_shift():
         train_tokenizer.build_model(args, dataclasses.replace(first.config, code_dim=7))
 
 
+def test_init_takes_the_weights_of_a_llama_of_the_same_shape():
+    first = dar.load_ar(sample.SHIPPED, dtype=torch.float32)
+    args = train_ar.Arguments(preset="cifar10", init=str(sample.SHIPPED), dropout=0.25)
+    found = train_ar.build_model(args, first.tokenizer, list("abcdefghij"))
+    assert found.config.dropout == 0.25 and found.class_names == list("abcdefghij")
+    assert all(torch.equal(weight, found.state_dict()[name]) for name, weight in first.state_dict().items())
+    with pytest.raises(ValueError, match="cifar10.pt: is .*width=256.* this run's .*width=128"):
+        train_ar.build_model(dataclasses.replace(args, width=128), first.tokenizer, first.class_names)
+
+
 def test_gradients_of_repa_reach_head_and_encoder_and_stop_at_dinov2(frozen, make_tokenizer):
     net = train_tokenizer.load_dinov2(str(frozen / "dinov2"), str(frozen / "dinov2.pth"))
     tokenizer, images = make_tokenizer(repa_layer=1), torch.rand(2, 3, 32, 32) * 2 - 1
