@@ -245,7 +245,7 @@ def build_model(args: Arguments, tokenizer, class_names: list[str]) -> dar.ARTra
     if args.init:
         first = dar.load_ar(args.init, dtype=torch.float32)
         same = dataclasses.replace(first.config, dropout=args.dropout) == model.config
-        dar.require(same, f"--init {args.init}: is a {first.config}, this run's a {model.config}")
+        dar.require(same, f"--init {args.init}: is {first.config}, this run's is {model.config}")
         model.load_state_dict(first.state_dict())
     model.class_names = class_names
     model.attach_tokenizer(tokenizer)
