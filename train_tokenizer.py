@@ -35,6 +35,7 @@ RECIPES = {
     "cifar10": OURS | dict(steps=5000),
     "shapes": OURS | dict(steps=2000, lr=4e-3, warmup=50, codebook_warmup=150, times=4, decay=0.9),
 }
+PATTERN = 200.0  # price of dots beside --lpips-net: a pattern of 3 levels (of 255), as it left without, costs 0.1
 WARMUP_NOISE = 0.18  # a standard deviation: about 0.5 in 8 dimensions, how far 1024 spread codes are from a feature
 
 
@@ -177,6 +178,13 @@ def in_float32(network):
     return function
 
 
+def repeated_error(errors: Tensor, patch: int) -> Tensor:
+    """What all patches of an image err by alike: errors [B, C, H, W] -> the variance within the mean patch [B]."""
+    batch, channels, height, width = errors.shape
+    patches = errors.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return patches.mean((2, 4)).var((2, 3), correction=0).mean(1)
+
+
 class CodeUse:
     """What the codes of a window of steps look like: share of the codebook seen, share of positions that never vary."""
 
@@ -308,15 +316,20 @@ def main() -> int:
     run = training.TrainingRun(args, processes, model, ema, optimizer, settings, terms, columns, following)
 
     def for_small_images(s: Tensor, positions: Tensor):
-        """--lpips-net, in three ways unlike LPIPS in eq. 7: else every patch gets the same dots. An estimate counts s:
+        """--lpips-net, in four ways unlike LPIPS in eq. 7: else every patch gets the same dots. An estimate counts s:
         early ones cannot know the details that the loss asks for. Both images get the same noise, as strong as the
-        classifier learned with, behind which faint dots are not seen. And classifiers take turns, so that what pleases
-        only one does not pay."""
+        classifier learned with, behind which faint dots are not seen. Classifiers take turns, so that what pleases
+        only one does not pay. And dots have a price of their own, PATTERN times repeated_error."""
         net = nets[run.step % len(nets)]
         sigma = net.noise * draw_times(args.seed + 2, positions, args.times, device)
         noise = sample_noise(args.seed + 2, positions, (args.times, 3, data.size, data.size), device)
         noise = (sigma[..., None, None, None] * noise).flatten(0, 1)
-        return lambda estimates, images: s.flatten() * net(estimates + noise, images + noise)
+
+        def compare(estimates: Tensor, images: Tensor) -> Tensor:
+            dots = repeated_error(estimates - images, config.diffusion_patch)
+            return s.flatten() * (net(estimates + noise, images + noise) + PATTERN * dots)
+
+        return compare
 
     def losses(chunk) -> dict[str, Tensor]:
         """Eq. 7 for a micro-batch. Its terms are means over the global batch once they are summed over micro-batches

@@ -476,6 +476,15 @@ def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokeniz
     assert min(one + two) > 0 and one[0] == two[0] and one[1] != two[1]  # they take turns
 
 
+def test_repeated_error_sees_what_all_patches_have_alike_and_nothing_else():
+    dots = torch.randn(2, 3, 4, 4)
+    dots -= dots.mean((2, 3), keepdim=True)
+    repeated, colour = dots.repeat(1, 1, 8, 8), torch.randn(2, 3, 1, 1)
+    assert torch.allclose(train_tokenizer.repeated_error(repeated + colour, 4), dots.square().mean((1, 2, 3)))
+    signs = torch.tensor([1.0, -1.0]).repeat(4).repeat_interleave(4)  # every second row of patches has them reversed
+    assert train_tokenizer.repeated_error(repeated * signs[:, None], 4).max() < 1e-10
+
+
 @pytest.mark.slow
 def test_init_starts_from_the_averaged_weights_of_another_run(work):
     words = "--steps 1 --lr 1e-30 --init tokenizer/last.pt --out second".split()  # by default no codebook warm-up
