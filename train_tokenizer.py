@@ -179,7 +179,7 @@ def in_float32(network):
 
 
 def repeated_error(errors: Tensor, patch: int) -> Tensor:
-    """What all patches of an image err by alike: errors [B, C, H, W] -> the variance within the mean patch [B]."""
+    """The error that all patches of an image share: errors [B, C, H, W] -> the variance within their mean patch [B]."""
     batch, channels, height, width = errors.shape
     patches = errors.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return patches.mean((2, 4)).var((2, 3), correction=0).mean(1)
