@@ -474,6 +474,10 @@ def test_a_classifiers_features_take_the_place_of_vgg(work, frozen, make_tokeniz
     run(*TOKENIZER, *words, "second.pt", "--out", "two-nets", cwd=work)
     one, two = ([float(row["lpips"]) for row in log(work / name)] for name in ("one-net", "two-nets"))
     assert min(one + two) > 0 and one[0] == two[0] and one[1] != two[1]  # they take turns
+    code = "import dar, train_tokenizer as t; t.PATTERN = 0.0; dar.command_line(t.main)"
+    words = [sys.executable, "-c", code, *TOKENIZER[1:], *words, "--out", "free"]
+    subprocess.run(words, cwd=work, env=environment(PYTHONPATH=str(ROOT)), check=True, capture_output=True)
+    assert float(log(work / "free")[0]["lpips"]) < 0.99 * one[0]  # dots have a price
 
 
 def test_repeated_error_sees_what_all_patches_have_alike_and_nothing_else():
