@@ -1227,7 +1227,7 @@ TOKENIZER_PRESETS = {
     "lite": TokenizerConfig(**LITE),  # 113M, of the ablations in appendix III
     "tiny": TokenizerConfig(**TINY),  # 32x32 pixels, 4M, trains on two CPU cores
     "shapes": TokenizerConfig(**TINY | SHAPES, data_scale=1.0),  # 16x16, 0.6M, for a first training
-    "cifar10": TokenizerConfig(**TINY, time_shift=4.0),  # of the shipped model
+    "cifar10": TokenizerConfig(**TINY, time_shift=8.0),  # of the shipped model
 }
 AR_PRESETS = {
     "B": ARConfig(768, 12),  # 111M parameters

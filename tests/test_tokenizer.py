@@ -112,8 +112,9 @@ def test_parameter_counts_of_the_paper(preset, total, repa_head):
 
 
 def test_presets_for_training_from_scratch_follow_eq5():
+    shift = {"shapes": 4, "cifar10": 8}
     for name, config in dar.TOKENIZER_PRESETS.items():
-        assert config.group_rule == "ceil" and config.time_shift == (4 if name in ("cifar10", "shapes") else 2)
+        assert config.group_rule == "ceil" and config.time_shift == shift.get(name, 2)
 
 
 def test_tiny_is_small():
