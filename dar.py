@@ -36,7 +36,8 @@ Chapters                                                            where the pa
     8  Weights in files    ours and the authors'
 
 Symbols, the paper's where it has them
-    x0, x1, x_t   noise; the image; the point between them at time t
+    x0, x1, x_t   noise; the image (in the code: data_scale · image, see the table below); the
+                  point between them at time t
     t             flow time: 0 is noise, 1 is the image
     s             uniform time, the paper's t'; t is a bent s (chapter 1)
     v             velocity of the flow, x1 - x0; in attention, v are the values
@@ -48,26 +49,30 @@ Symbols, the paper's where it has them
     B, C, P       in shapes: images in a batch; width of a model; patches of an image
 
 Words that the paper takes as known
-    LPIPS         distance of two images in the features of a trained network (VGG-16); judges much
-                  as people do
-    REPA          an extra loss: from a hidden state, predict a trained network's (DINOv2's)
-    features AdaLN-zero    a condition shifts and scales a block's LayerNorms and gates what the
-    block adds;
+    LPIPS         distance of two images in the features of a trained network (VGG-16), which
+                  judges much as people do
+    REPA          an extra loss: from a hidden state of the model, predict the features that a
+                  trained network (DINOv2) has of the image
+    AdaLN-zero    a condition shifts and scales a block's LayerNorms and gates what the block adds;
                   the gates start at zero
     guidance      classifier-free guidance, cfg: what the class changes in a model's answer,
                   exaggerated (chapter 7)
     FID, rFID     a distance of two sets of images; rFID: of images and their reconstructions
 
-Whose numbers are whose
-                            the paper's text   the released weights   presets here
-    data scale (chapter 4)  1                  0.6                    0.6; "shapes" 1
-    group rule (chapter 1)  "ceil"             "nearest"              "ceil"
-    beta (chapter 1)        2                  2                      2; "shapes" 4, "cifar10" 8
-    times an image (5)      1                  1                      1; small presets 2 to 4
-    codebook warm-up (5)    none               none                   none; small presets 150 to 200
-    LPIPS and REPA (5)      yes                yes                    yes; small presets no
-    Numbers quoted from the paper (1.52 rFID in Table 2, 2.09 FID in Table 3) were measured by its
-    authors with the released weights. Loading these sets their data scale, rule and beta.
+What is the paper's, what the released weights', what ours
+                                the paper's text   released weights   presets of this file
+    data scale (chapter 4)      1                  0.6                0.6; "shapes" 1
+    l_fm / data_scale² (5)      -                  yes                yes
+    group rule (1)              "ceil"             "nearest"          "ceil"
+    beta (1)                    2                  2                  2; "shapes" 4, "cifar10" 8
+    kept tokens (5)             -                  yes                yes
+    flow times an encoding (5)  1                  1                  1; small presets 2 to 4
+    codebook warm-up (5)        no                 no                 no; small presets yes
+    LPIPS and REPA (5)          yes                yes                yes; small presets no
+    guidance, solver (7)        1.1 to 8 (L) or 10 (XL), Adams 2nd    the same are the defaults
+    Loading the released weights sets their scale, rule and beta. The preset "v1" has their sizes
+    and scale, but the paper's rule. Numbers quoted from the paper, here and in the README (1.52
+    rFID, Table 2; 2.09 FID with XL, Table 3), were measured by its authors with these weights.
 """
 
 import dataclasses
@@ -75,7 +80,7 @@ import math
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +118,8 @@ EPS = 1e-6  # of every LayerNorm
 #     t                        0      0.067  0.143  0.231  0.333  0.455  0.6    0.778  1
 #     group, rule "ceil"       0      0      1      1      2      2      3      3      3
 #     group, rule "nearest"    0      1      1      2      2      3      3      3      3
+# When a picture is drawn in K steps, both rules give step k group k, as at these four times. They
+# differ in training: "ceil" trains group k at times after s = k/K, "nearest" at those around it.
 
 
 def shift_time(s: Tensor | float, beta: float) -> Tensor | float:
@@ -130,14 +137,9 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
     """Eq. 5: the group k in 0 ... K-1 that conditions the flow at uniform time s in [0, 1]. A group
     begins at an edge, and k is the number of edges that s has reached:
         "ceil"      edges 1/K, 2/K, ...               each group owns one K-th of s
-        "nearest"   edges 1/(2K), 3/(2K), 5/(2K) ...  group 0 owns half a K-th, the last one and a
-        half
-
-    "ceil" is the paper's rule and has its name from there: counted from one, the group is ceil(s
-    K). Only at an edge does the paper mean another group. For K = 4 and s = 1/4 it writes ceil(1)
-    = 1, our group 0, whose part of time ends there. But a sampling step that starts at 1/4 crosses
-    the part from 1/4 to 1/2, so it needs group 1, which is what this function returns. The
-    released weights were trained with "nearest".
+        "nearest"   edges 1/(2K), 3/(2K), 5/(2K) ...  each group owns the s nearest to k/K
+    "ceil" is the paper's rule: counted from one, its group is ceil(s K). That differs from ours
+    only at an edge, where a step of the flow needs the group of the time that begins there.
 
     s: float tensor -> int64 tensor; number -> int. Raises ValueError on another rule."""
     if rule not in ("ceil", "nearest"):
@@ -158,14 +160,14 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
 
 
 def jump_estimate(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """Section 5.1: straight on from x_t to time 1, x1 = x_t + (1 - t) v. A preview is this; it
-    costs no network call, since a sampling step has computed v. x_t, v [B, 3, H, W]; t [B] or
-    [1]."""
+    """Section 5.1: straight on from x_t to time 1, x1 = x_t + (1 - t) v. A preview is this. It
+    costs no network call, since a sampling step has computed v.
+    x_t, v: [B, 3, H, W]. t: [B], or [1] for all."""
     return x_t + (1 - t.view(-1, 1, 1, 1)) * v
 
 
 class FlowStep(NamedTuple):
-    """A step of the flow: from time t to t_next, told by group k."""
+    """A step of the flow: from time t to t_next, conditioned by this group."""
 
     t: float
     t_next: float
@@ -174,8 +176,8 @@ class FlowStep(NamedTuple):
 
 def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -> list[FlowStep]:
     """Eq. 8: the S steps that draw a picture; step i begins at s = i/S and ends at (i+1)/S.
-    With S = K, the paper's default, each group is used once; S < K skips groups, S > K reuses
-    some."""
+    With S = K, the paper's default, each group is used once. S < K skips groups, S > K uses some
+    again. Raises ValueError."""
     if num_steps < 1:
         raise ValueError(f"{num_steps} sampling steps: expected at least 1")
     steps = []
@@ -191,8 +193,8 @@ def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, dt: float, solver: 
         "euler"   x + dt v
         "ab2"     x + dt (3/2 v - 1/2 v_prev)     two-step Adams-Bashforth, "Adams 2nd" in Table 2
     Without a step before (v_prev is None) ab2 takes Euler's. For equal steps ab2 extrapolates v to
-    the middle of the step. Here steps are unequal, and v_prev was told by another group of tokens
-    than v; the paper ignores both, and so do its numbers and we. Raises ValueError."""
+    the middle of the step. Here steps are unequal, and v_prev was predicted with another group of
+    tokens than v. The paper uses ab2 all the same, and so do we. Raises ValueError."""
     if solver not in ("euler", "ab2"):
         raise ValueError(f"solver {solver!r}: expected 'euler' or 'ab2'")
     if solver == "ab2" and v_prev is not None:
@@ -208,9 +210,8 @@ def solver_step(x: Tensor, v: Tensor, v_prev: Tensor | None, dt: float, solver: 
 # codebook. That row is z, and its number is the token:
 #     [z_1, ..., z_N] = quant(encoder(image, [q_1, ..., q_N]))                                eq. 1
 # Features and rows are compared as directions: both are divided by their length (appendix I). Then
-# |f - z|^2 = 2 - 2 f·z, so the nearest row is the one with the largest inner product. For the
-# search alone f may keep its length, a positive factor, which leaves the largest product the
-# largest.
+# |f - z|^2 = 2 - 2 f·z, so the nearest row is the one with the largest inner product. (For this
+# search f need not be divided: a positive factor does not change which product is the largest.)
 #
 # Choosing a row has no gradient. So z passes its gradient on to f as if the two were equal
 # ("straight through"), and two losses bring them together, where sg[] means "without gradient":
@@ -239,7 +240,8 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, f: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Features [B, N, D], keep bool [B, N] -> z [B, N, D], codes int64 [B, N], l_vq, l_commit.
-        Both losses are means over D and over the tokens where keep is true, without weights."""
+        Both losses are means over the D numbers of a token and over the tokens where keep is true.
+        """
         f = F.normalize(f.float(), dim=-1)
         codes = self.nearest_code(f)
         z = self.lookup(codes)
@@ -250,8 +252,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def start_from(self, f: Tensor) -> None:
-        """Replaces the rows by V of the features f [n, D], n >= V, chosen at random on the CPU.
-        Ends a codebook warm-up (chapter 5)."""
+        """Replaces the rows by V of the features f [n, D], n >= V, chosen at random. Ends a
+        codebook warm-up (chapter 5)."""
         chosen = torch.randperm(len(f), device="cpu")[: len(self.embedding.weight)]
         self.embedding.weight.copy_(F.normalize(f[chosen.to(f.device)].float(), dim=-1))
 
@@ -335,8 +337,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context=None, rope=None, mask=None) -> Tensor:
         """x [B, n, C] attends to itself, or to context [B, m, C] -> [B, n, C].
-        rope [n, 32, 2] turns queries and keys; but not the keys of a context, which has no position
-        in the image. mask: attend's."""
+        rope [n, 32, 2] turns queries and keys. A context has no position in the image, and its keys
+        are not turned; then a turned query says where in the image it asks from. mask: attend's."""
         source = x if context is None else context
         q = self.q_norm(split_heads(self.q(x)))  # [B, heads, n, 64]
         k = self.k_norm(split_heads(self.k(source)))  # [B, heads, m, 64]
@@ -345,7 +347,7 @@ class Attention(nn.Module):
             q = rotate(q, rope)
         if rope is not None and context is None:
             k = rotate(k, rope)
-        # Under autocast the norms return float32, and v is what it should be.
+        # Under autocast, norms return float32. Attention is to run in the precision of v.
         out = attend(q.to(v.dtype), k.to(v.dtype), v, mask)
         return self.proj(merge_heads(out))
 
@@ -411,10 +413,11 @@ def init_linears(module: nn.Module, std: float) -> None:
 # plus an embedding of the time. What was read is not added to x. So tokens never become a part of
 # the picture that passes through the blocks; they only say how each block treats it.
 #
-# Two more facts about the released weights. Their flow ends at x1 = 0.6 · image ("data scale"), not
-# at the image as the paper writes. Noise keeps its size, so it hides a fainter image for longer,
-# and more steps see only the layout. And the tokens are prepared twice: cond_mlp brings z' to this
-# network's width once for all blocks, then cond_embed lets each block look at them in its own way.
+# Two things that the paper's text does not tell, but its weights need. The flow ends at
+# x1 = 0.6 · image ("data scale"), not at the image. Noise keeps its size, so it hides a fainter
+# image for longer, and more steps see only the layout. And the tokens are prepared twice: cond_mlp
+# brings z' to this network's width, once for all blocks; then each block's cond_embed prepares them
+# in a way of its own.
 
 
 class TimeEmbedding(nn.Module):
@@ -462,9 +465,8 @@ class DiffusionBlock(nn.Module):
 
 class DiffusionDecoder(nn.Module):
     """D_FM of eq. 2. For eq. 7, the hidden state that enters block repa_layer also goes through the
-    REPA head, a small network whose result the training compares to DINOv2's features. None: no
-    head.
-    """
+    REPA head, a small network whose result the training compares to DINOv2's features. There is
+    no head if repa_layer is None."""
 
     # DINOv2 ViT-B/14 sees 224x224 pixels as 16x16 features of width 768.
     REPA_GRID = 16
@@ -546,26 +548,30 @@ class DiffusionDecoder(nn.Module):
 #
 # Training. For each image a time s is drawn. The image is encoded and quantized; the group of that
 # time is taken out of z'; the diffusion decoder predicts the velocity at that time; and the loss is
-#     l = l_fm / data_scale^2 + (l_vq + 0.25 l_commit) + 0.5 l_LPIPS + 0.5 l_repa            eq. 7
+#     l = l_fm + (l_vq + 0.25 l_commit) + 0.5 l_LPIPS + 0.5 l_repa                            eq. 7
 # l_fm alone gives blurred pictures: the mean of all details that would fit is smooth. l_LPIPS asks
-# that the jump estimate of x1 looks like the image. l_repa speeds learning.
+# that the jump estimate of x1 looks like the image. l_repa speeds learning. (Like the authors' code
+# we divide l_fm by data_scale², so that the scale does not change its weight in this sum.)
 #
 # Kept tokens. The causal decoder being causal, z' of group k depends on the tokens up to the end of
 # group k, and on no later one. So the later tokens had no part in this velocity, and no error of a
 # picture tells the encoder how to choose them. l_vq and l_commit alone would only tie them to
 # whichever codebook rows are nearest. Therefore both losses are means over the tokens that are
-# "kept": those up to the end of the group that was drawn.
+# "kept": those up to the end of the group that was drawn. (The paper does not say so; the authors'
+# code does it.)
 #
 # Three things are ours, and only small models use them (their recipes are in train_tokenizer.py):
-# * Several times for an image. Encoding is the dearer part of a small model's step, so one encoding
-#   serves R times, each with its own noise. Kept are the tokens up to the last of the R groups.
-# * Codebook warm-up. The features of a fresh encoder are nearly the same for all images and all
-#   queries, so nearly all would fall to a few codes, and the other rows would never be chosen and
-#   never learn. So in the first 150 to 200 steps nothing is looked up: noise is added to each
-#   feature in the place of the quantizer's error. What is warmed up is the encoder: to be heard
-#   above the noise, features must spread over the sphere. Then the codebook is replaced by features
-#   of images (start_from), and quantizing begins. l_vq and l_commit are 0 until then.
-# * Wider fresh weights, for narrow models.
+# * R flow times an encoding. In a small model the encoder costs more than the diffusion decoder. So
+#   each image is encoded once and denoised at R times, each with its own noise. Kept are the tokens
+#   up to the last of the R groups.
+# * Codebook warm-up. The gates of a fresh encoder are zero: its features are the same for all
+#   images, one for each query. They would fall to a few codes, and all other rows would never be
+#   chosen and never learn. So for the first 150 to 200 steps the tokens are not quantized. Noise is
+#   added to each feature in the place of the quantizer's error. What is warmed up is the encoder:
+#   if the features are to be told apart in spite of the noise, they must spread over the sphere.
+#   Then features of images become the rows of the codebook (start_from), and quantizing begins.
+#   Until then l_vq and l_commit are 0.
+# * Fresh weights of a larger standard deviation (init_std), for narrow models.
 
 # Standard deviation of the warm-up's noise. In 8 dimensions its length is about 0.5, the distance
 # of a feature from the nearest of 1024 codes that are spread evenly.
@@ -765,15 +771,15 @@ class SequentialDiffusionTokenizer(nn.Module):
         noise: x0 [B, R, 3, H, W], drawn if None.
         code_noise: [B, N, D], in a codebook warm-up alone: is added to the features, which then are
             not quantized.
-        Returns for tokenizer_loss "fm", "vq", "commit", "pred_image" and with a REPA head "repa";
-        and for a training "kept", which weighs the means "vq" and "commit" where a batch is split,
-        and "codes", of which it counts how many are in use:
-            fm          l_fm of eq. 2 / data_scale^2, the error of v in the image's units
+        Returns what tokenizer_loss needs:
+            fm          l_fm of eq. 2, divided by data_scale²
             vq, commit  means over the kept tokens, commit with its weight of 0.25
-            kept        how many tokens these are, of all B·N
-            pred_image  jump estimates [B·R, 3, H, W], in the image's units, not clamped
-            repa        the head's output [B·R, g·g, 768]
-            codes       int64 [B, N]"""
+            pred_image  jump estimates [B·R, 3, H, W], divided by data_scale, not clamped
+            repa        with a REPA head, its output [B·R, g·g, 768]
+        and two things for train_tokenizer.py:
+            kept        the number of kept tokens. A batch may be split among processes. The mean
+                        over its tokens is the mean of the parts' means, weighted by this number.
+            codes       int64 [B, N], of which it counts how many different ones occur"""
         c = self.config
         batch = len(images)
         if s is None:
@@ -784,16 +790,17 @@ class SequentialDiffusionTokenizer(nn.Module):
         f = self.encoder(images)  # [B, N, D]
         keep = self.kept_tokens(s)  # [B, N]
         z, codes, l_vq, l_commit = self.quantize(f, keep)
-        if code_noise is not None:
+        if code_noise is not None:  # codebook warm-up: z and the losses above are not used
             z = F.normalize(F.normalize(f.float(), dim=-1) + code_noise, dim=-1)
-            l_vq = 0 * l_vq  # not plain 0: DDP waits for a gradient, of 0, for the codebook
+            l_vq = 0 * l_vq  # with a gradient of 0, since DDP expects one for each weight
             l_commit = 0 * l_commit
 
         z_prime = self.causal_decoder(z)
         groups = z_prime.unflatten(1, (c.num_groups, c.group_size))  # [B, K, N/K, C]
         k = condition_group(s, c.num_groups, c.group_rule)  # [B, R]
-        image = torch.arange(batch, device=s.device)[:, None]  # [B, 1]
-        group_z = groups[image, k].flatten(0, 1)  # [B·R, N/K, C]: for each time its group
+        row = torch.arange(batch, device=s.device)[:, None]  # [B, 1]
+        group_z = groups[row, k]  # [B, R, N/K, C]: for each image and time its group
+        group_z = group_z.flatten(0, 1)  # [B·R, N/K, C]
 
         t = shift_time(s, c.time_shift).flatten()  # [B·R]
         x1 = (c.data_scale * images.float()).repeat_interleave(times, 0)  # [B·R, 3, H, W]
@@ -860,8 +867,7 @@ def check_images(images: Tensor, patch: int) -> None:
 
 
 def check_codes(name: str, codes: Tensor, count: int, dims: int = 2) -> None:
-    """Raises ValueError unless codes are an int64 tensor of dims dimensions, from 0 to count -
-    1."""
+    """Raises ValueError unless codes are an int64 tensor of dims dimensions, 0 ... count - 1."""
     if not isinstance(codes, Tensor) or codes.dtype != torch.int64 or codes.ndim != dims:
         kind = getattr(codes, "dtype", type(codes).__name__)
         shape = list(getattr(codes, "shape", []))
@@ -893,9 +899,9 @@ def tokenizer_loss(
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, updates: int) -> None:
-    """Moves ema, a copy of model, towards it: an exponential moving average of the weights, which
-    jumps about less than they do. It is what is sampled from and saved. updates: how many there
-    were before; the average is short at first, to forget the random weights."""
+    """Moves ema, a copy of model, towards it. So ema has an exponential moving average of the
+    weights, which is smoother than they are. It is what one samples from. updates: how many there
+    were before. The average is short at first, to forget the random weights."""
     decay = min(0.999, (1 + updates) / (10 + updates))
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)
@@ -906,21 +912,22 @@ def tokenizer_training_step(
 ) -> dict[str, Tensor]:
     """One step of the training of section 4 on images [B, 3, H, W]. train_tokenizer.py takes the
     same step with several processes and micro-batches, in bfloat16, and can be stopped."""
-    s = torch.rand(len(images), times, device=images.device)  # times R: one encoding serves all
+    batch = len(images)
+    if step == codebook_warmup and codebook_warmup > 0:  # features become the codebook: B·N >= V
+        model.quantize.start_from(model.encoder(images).flatten(0, 1))
+        ema.quantize.load_state_dict(model.quantize.state_dict())
     code_noise = None
-    if step < codebook_warmup:  # the encoder learns to spread its features
-        shape = (len(images), model.config.num_tokens, model.config.code_dim)
-        code_noise = WARMUP_NOISE * torch.randn(shape, device=images.device)
-    if step == codebook_warmup > 0:  # spread features become the codebook
-        for m in (model, ema):
-            m.quantize.start_from(m.encoder(images).flatten(0, 1))
+    if step < codebook_warmup:
+        code_noise = torch.randn(batch, model.config.num_tokens, model.config.code_dim)
+        code_noise = WARMUP_NOISE * code_noise.to(images.device)
+    s = torch.rand(batch, times, device=images.device)
     out = model(images, s, code_noise=code_noise)
-    features = None if dinov2 is None else dinov2(images)
-    terms = tokenizer_loss(out, images, lpips, repa_target=features)
+    repa_target = None if dinov2 is None else dinov2(images)
+    terms = tokenizer_loss(out, images, lpips, repa_target=repa_target)
     optimizer.zero_grad()
     sum(terms.values()).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()  # Adam, rate 2e-4 after a warm-up, betas (0.9, 0.95)
+    optimizer.step()  # Adam, betas (0.9, 0.95), rate 2e-4 that rises for the first 5000 steps
     update_ema(ema, model, step)
     return terms
 
@@ -1129,8 +1136,9 @@ def ar_loss(model: nn.Module, codes: Tensor, labels: Tensor) -> Tensor:
 
 def ar_training_step(model, optimizer, images, labels, class_dropout=0.1) -> Tensor:
     """One step of the training of section 4 on images [B, 3, H, W] of classes int64 [B], with the
-    model's own tokenizer. train_ar.py takes the same step with several processes and micro-batches,
-    in bfloat16, on tokens that it has computed once, and can be stopped."""
+    model's own tokenizer. The paper averages no weights here. train_ar.py takes the same step with
+    several processes and micro-batches, in bfloat16, on tokens that it has computed once, and can
+    be stopped."""
     codes = model.tokenizer.encode(images)  # [B, N]
     # Guidance (chapter 7) asks the model also without a class. So some images lose theirs.
     dropped = torch.rand(len(labels), device=labels.device) < class_dropout
@@ -1139,7 +1147,7 @@ def ar_training_step(model, optimizer, images, labels, class_dropout=0.1) -> Ten
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()  # AdamW, rate 4e-4, betas (0.9, 0.95), decay of 0.05 on matrices alone
+    optimizer.step()  # AdamW, betas (0.9, 0.95), rate 4e-4, weight decay 0.05 of the matrices
     return loss
 
 
@@ -1147,8 +1155,8 @@ def ar_training_step(model, optimizer, images, labels, class_dropout=0.1) -> Ten
 # 7. Sampling
 #
 # Guidance. Pictures look more like their class, at the price of variety, if the model is asked
-# twice, with the class (logits c) and without (logits u), and the difference is exaggerated:
-#     u + scale (c - u)              scale 1: as it is; above 1: more of what the class changes
+# twice, with the class and without, and the difference of its logits is exaggerated:
+#     without + scale (with - without)      scale 1: as it is; above 1: more of what a class changes
 # In the paper the scale rises from the first token to the last. The first tokens decide the layout,
 # and strong guidance would make all layouts alike; the last ones decide the details, and strong
 # guidance makes these clean.
@@ -1161,9 +1169,9 @@ def ar_training_step(model, optimizer, images, labels, class_dropout=0.1) -> Ten
 def guidance_schedule(
     cfg: float | tuple[float, float] | None, num_tokens: int
 ) -> list[float] | None:
-    """The guidance scale of each token (Table 4): constant for a number; for a pair (start, end)
-    linear from the first token to the last. None, without guidance, if cfg is None or 1 throughout.
-    Raises ValueError."""
+    """The guidance scale of each of num_tokens tokens (Table 4): constant for a number; for a pair
+    (start, end) linear from the first of them to the last. None, without guidance, if cfg is None
+    or 1 throughout. Raises ValueError."""
     if cfg is None:
         return None
     pair = cfg if isinstance(cfg, tuple | list) else (cfg, cfg)
@@ -1348,9 +1356,10 @@ def generate_groups(
 
 
 # The flow's steps. Fig. 1: while the Llama writes, each finished group of tokens takes the picture
-# one step on, and the velocity of that step gives a preview for nothing.
+# one step on, and the velocity of that step gives a preview at no cost.
 #
-# The first tokens carry the layout. So a class takes over another picture's layout (Fig. 6):
+# The first tokens carry the layout. So the layout of a picture can be kept while the rest is drawn
+# anew for some class (Fig. 6):
 #     prefix = tokenizer.encode(image)[:, :32]        # image [1, 3, 256, 256] -> the first group
 #     for step in stream(ar, tokenizer, labels=torch.tensor([207]), prefix=prefix):
 #         show(step.preview)
@@ -1388,8 +1397,8 @@ def denoise(
     codes = None
     for k, group_codes in enumerate(code_groups):
         codes = group_codes if codes is None else torch.cat((codes, group_codes), 1)
-        # The causal decoder runs on all tokens so far. A cache would spare it the earlier ones, but
-        # it is small beside the diffusion decoder, which sees four times as many patches.
+        # The causal decoder runs anew on all tokens so far. A cache would spare it the earlier
+        # ones, but it is small beside the diffusion decoder (v1: 256 tokens, but 1024 patches).
         group_z = tokenizer.condition(codes)[:, -c.group_size :]  # z' of group k
         for step in schedule:
             if step.group == k:
@@ -1459,7 +1468,8 @@ def stream(
 #     "tokenizer"        in a Llama's, perhaps: the same for its tokenizer
 #     "class_names"      in a Llama's, perhaps: a list of words
 #     "training"         perhaps: what going on with a training needs
-# The authors' files are renamed key by key. Either way a file is data: nothing in it can run.
+# A file without "format" is the authors': its weights are renamed, sizes are read from their
+# shapes, the rest from its settings. Either way a file is data: nothing in it can run.
 
 FORMAT = "dar-1"
 
@@ -1482,7 +1492,7 @@ def read_checkpoint(path: str | Path) -> dict:
         (types.SimpleNamespace, "argparse.Namespace"),
         (types.SimpleNamespace, "config_util.Config"),
     ]
-    open(path, "rb").close()  # a file that is missing or closed is the user's OSError
+    open(path, "rb").close()  # raises OSError if the file is missing or may not be read
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -1527,92 +1537,94 @@ def checkpoint_dict(model: nn.Module, dtype: torch.dtype | None) -> dict:
     return {"format": FORMAT, "kind": kind, "config": config, "model": weights}
 
 
-def load_tokenizer(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> SequentialDiffusionTokenizer:
+def load_tokenizer(path, device="cpu", dtype=None) -> SequentialDiffusionTokenizer:
     """A tokenizer from our format or the authors', or the one that a Llama's file carries; in eval
     mode. Raises OSError, ValueError or FloatingPointError, naming the file."""
     data = read_checkpoint(path)
     if data.get("kind") == "ar" and "tokenizer" in data:
         data = data["tokenizer"]
-    return tokenizer_from(data, path, device, dtype)
+    return load_model(SequentialDiffusionTokenizer, data, path, device, dtype)
 
 
-def tokenizer_from(data: dict, path: str | Path, device, dtype) -> SequentialDiffusionTokenizer:
-    state = find_weights(data, path, "a tokenizer", "patchify.weight")
-    config = find_config(data, path, TokenizerConfig, state, released_tokenizer_config)
-    return build(SequentialDiffusionTokenizer, config, state, path, device, dtype)
-
-
-def load_ar(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    tokenizer: SequentialDiffusionTokenizer | None = None,
-    num_tokens: int | None = None,
-) -> ARTransformer:
-    """A Llama, likewise, with the tokenizer that its file carries, or that is given. num_tokens: N,
-    which the authors' files do not tell, where no tokenizer tells it (default: 256)."""
+def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens=None) -> ARTransformer:
+    """A Llama from our format or the authors', in eval mode, with the tokenizer that its file
+    carries, or that is given. num_tokens: N, which the authors' files do not tell, where no
+    tokenizer tells it (default: 256). Raises OSError, ValueError or FloatingPointError."""
     data = read_checkpoint(path)
-    state = find_weights(data, path, "a Llama", "tok_embeddings.weight")
     if tokenizer is None and isinstance(data.get("tokenizer"), dict):
-        tokenizer = tokenizer_from(data["tokenizer"], path, device, dtype)
+        inner = data["tokenizer"]
+        tokenizer = load_model(SequentialDiffusionTokenizer, inner, path, device, dtype)
     if tokenizer is not None:
         num_tokens = tokenizer.config.num_tokens
-
-    def released_config(config: object, state: dict) -> ARConfig:
-        vocab_size, width = state["tok_embeddings.weight"].shape
-        num_classes = len(state["cls_embedding.weight"]) - 1
-        layers = count_layers(state, "layers.")
-        return ARConfig(width, layers, vocab_size, num_classes, num_tokens or 256)
-
-    config = find_config(data, path, ARConfig, state, released_config)
-    ar = build(ARTransformer, config, state, path, device, dtype)
+    ar = load_model(ARTransformer, data, path, device, dtype, num_tokens or 256)
     try:
         ar.attach_tokenizer(tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     names = data.get("class_names")
     if names is not None:
-        if not isinstance(names, list) or len(names) != config.num_classes:
-            raise ValueError(f"{path}: class_names is no list of {config.num_classes} names")
+        if not isinstance(names, list) or len(names) != ar.config.num_classes:
+            raise ValueError(f"{path}: class_names is no list of {ar.config.num_classes} names")
         ar.class_names = [str(name) for name in names]
     return ar
 
 
-def find_weights(data: dict, path: str | Path, kind: str, key: str) -> dict[str, Tensor]:
-    """The weights under our names, averaged ones if there are any. Raises ValueError without
-    key."""
+def load_model(model_class, data: dict, path, device, dtype, num_tokens: int = 256) -> nn.Module:
+    """The model in the dict of a file. num_tokens: N of a Llama of the authors'."""
+    kind = "ar" if model_class is ARTransformer else "tokenizer"
+    if data.get("kind", kind) != kind:
+        raise ValueError(f"{path}: holds a model of kind {data['kind']!r:.40}, expected {kind!r}")
+    if data.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{path}: format {data['format']!r:.40}, expected {FORMAT!r}")
+    try:
+        state = find_weights(data)
+        if "format" in data:
+            config_class = ARConfig if kind == "ar" else TokenizerConfig
+            config = config_class(**data["config"])
+        elif kind == "ar":
+            config = released_ar_config(state, num_tokens)
+        else:
+            config = released_tokenizer_config(data.get("config"), state)
+        with torch.device("meta"):  # shapes alone: no time and no memory goes to random weights
+            model = model_class(config)
+        model.load_state_dict(state, assign=True)  # checks all names and shapes
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: no {model_class.__name__} ({reason:.1000})") from None
+    for name, weight in state.items():
+        state[name] = weight.to(device, dtype, copy=True)  # out of the mapped file
+        if not state[name].float().isfinite().all():
+            raise FloatingPointError(f"{path}: {name} is not finite, as after a failed training")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def find_weights(data: dict) -> dict[str, Tensor]:
+    """The weights under our names, averaged ones if there are any."""
     weights = data  # a bare state dict
     for part in ("model", "ema"):
         if isinstance(data.get(part), dict):
             weights = data[part]
     state = {}
     for name, value in weights.items():
-        if not isinstance(value, Tensor):
-            continue
         for theirs, ours in RENAMED.items():
             name = re.sub(theirs, ours, name)
-        if value.shape[2:] == (1, 1):
+        if name.startswith(("quant_", "diffusion.patch_")) and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]  # the authors' 1x1 convolutions are our Linears
         state[name] = value
     state.pop("quantize.codebook_used", None)  # the authors' count of used codes, no weight
-    if key not in state:
-        holds = data.get("kind", "something else")
-        raise ValueError(f"{path}: expected {kind}, but it has no {key} (it holds: {holds})")
     return state
 
 
-def find_config(data: dict, path: str | Path, config_class, state: dict, released: Callable):
-    """Our file's config; for the authors' files what released(their config, weights) says."""
-    if "format" in data and data["format"] != FORMAT:
-        raise ValueError(f"{path}: format {data['format']!r:.40}, expected {FORMAT!r}")
-    try:
-        if "format" in data:
-            return config_class(**data["config"])
-        return released(data.get("config"), state)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: unusable config ({error})") from None
+def released_ar_config(state: dict, num_tokens: int) -> ARConfig:
+    vocab_size, width = state["tok_embeddings.weight"].shape
+    return ARConfig(
+        width=width,
+        layers=count_layers(state, "layers."),
+        vocab_size=vocab_size,
+        num_classes=len(state["cls_embedding.weight"]) - 1,
+        num_tokens=num_tokens,
+    )
 
 
 def released_tokenizer_config(config: object, state: dict) -> TokenizerConfig:
@@ -1662,21 +1674,3 @@ def count_layers(state: dict, prefix: str) -> int:
     """How many layers have weights under names that begin with prefix: "layers.0.", "layers.1."."""
     numbers = [name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)]
     return len(set(numbers))
-
-
-def build(model_class, config, state: dict, path: str | Path, device, dtype) -> nn.Module:
-    """A model with these weights, in eval mode. Raises ValueError if they do not fit, and
-    FloatingPointError if one is not finite, as after a failed training."""
-    with torch.device("meta"):  # shapes alone: no time and no memory goes to random weights
-        model = model_class(config)
-    try:
-        model.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: weights do not fit the model: {reason:.1000}") from None
-    for name, weight in state.items():
-        state[name] = weight.to(device, dtype, copy=True)  # out of the mapped file
-        if not state[name].float().isfinite().all():
-            raise FloatingPointError(f"{path}: {name} is not finite, as after a failed training")
-    model.load_state_dict(state, assign=True)
-    return model.eval()

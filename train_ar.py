@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -176,16 +177,24 @@ def tokenize(
     num_chunks = math.ceil(len(data) / CHUNK)
     dtype = np.uint16 if config.codebook_size <= 2**16 else np.int32
 
+    def load(index: int) -> tuple[Tensor, int]:
+        image, source = data.next_readable(index)
+        crops = [center_crop(image, size)] if center_only else ten_crops(image, size)
+        pixels = np.stack([np.array(crop) for crop in crops])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), source
+
     def compute(chunk: int) -> dict[str, np.ndarray]:
-        crops = []
+        end = min((chunk + 1) * CHUNK, len(data))
+        codes = []
         sources = []
-        for index in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(data))):
-            image, source = data.next_readable(index)
-            sources.append(source)
-            crops += [center_crop(image, size)] if center_only else ten_crops(image, size)
-        pixels = torch.from_numpy(np.stack([np.array(crop) for crop in crops])).permute(0, 3, 1, 2)
-        parts = [tokenizer.encode(to_float(x.to(processes.device))).cpu() for x in pixels.split(64)]
-        codes = torch.cat(parts).view(len(sources), -1, config.num_tokens)
+        with ThreadPoolExecutor(max(1, count_workers(size))) as threads:
+            loaded = threads.map(load, range(chunk * CHUNK, end))  # ahead of the encoder
+            for first in range(chunk * CHUNK, end, 8):
+                batch = [next(loaded) for _ in range(min(8, end - first))]
+                crops = torch.cat([crops for crops, _ in batch]).to(processes.device)
+                codes.append(tokenizer.encode(to_float(crops)).cpu())
+                sources += [source for _, source in batch]
+        codes = torch.cat(codes).view(len(sources), -1, config.num_tokens)
         return {"codes": codes.numpy().astype(dtype), "sources": np.array(sources, np.int32)}
 
     def join() -> None:

@@ -209,10 +209,10 @@ def start_codebook(model, ema, samples: Samples, position: int, device: torch.de
     config = model.config
     count = 4 * config.codebook_size // config.num_tokens + 1  # images, four features for each code
     images = torch.stack([samples[position + i][0] for i in range(count)])
-    for m in (model, ema):
-        features = [m.encoder(to_float(part.to(device))) for part in images.split(64)]
-        torch.manual_seed(position)
-        m.quantize.start_from(torch.cat(features).flatten(0, 1))
+    features = [model.encoder(to_float(part.to(device))) for part in images.split(64)]
+    torch.manual_seed(position)
+    model.quantize.start_from(torch.cat(features).flatten(0, 1))
+    ema.quantize.load_state_dict(model.quantize.state_dict())
 
 
 # ------------------------------------------------------------------------------

@@ -434,7 +434,8 @@ def resume_run(folder: Path, state: State, settings: dict, model, ema, optimizer
     model.load_state_dict(checkpoint["model"])
     if ema is not None:
         ema.load_state_dict(checkpoint["ema"])
-    training = copy.deepcopy(training)  # out of the mapped file, which will be replaced
+    if next(model.parameters()).device.type == "cpu":
+        training = copy.deepcopy(training)  # out of the mapped file, which will be replaced
     # The parameter groups are this command line's, so that its weight decay counts.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(training["optimizer"] | {"param_groups": groups})
