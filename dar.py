@@ -18,8 +18,8 @@ One image on its way through the models, with the sizes of the paper's
       |  encoder                   (chapter 5)                |
     256 features f, one for each query                        |
       |  quantizer                 (chapter 2)                |
-    256 tokens: numbers of code vectors z, which              |
-      |  the Llama learns to write (chapter 6)                |
+    256 tokens, the numbers of 256 code vectors z             |
+      |  (the Llama of chapter 6 learns to write tokens)      |
       |  causal decoder            (chapter 5)                |
     256 vectors z', 8 groups of 32  -- group k, step k -->  diffusion decoder (chapter 4), 8 steps
                                                               |
@@ -45,7 +45,9 @@ Symbols, the paper's where it has them
     k             a group, 0 ... K-1; in attention, k are the keys
     f, z, z'      a feature; the code vector nearest to it; what the causal decoder makes of z
     S             steps that draw a picture, K by default
-    V             codebook size, the number of different tokens (16384)
+    V, D          size of the codebook, the number of different tokens (16384); numbers in a code
+                  vector (8)
+    R             times at which one encoded image is denoised in a training step (chapter 5)
     B, C, P       in shapes: images in a batch; width of a model; patches of an image
 
 Words that the paper takes as known
@@ -59,20 +61,21 @@ Words that the paper takes as known
                   exaggerated (chapter 7)
     FID, rFID     a distance of two sets of images; rFID: of images and their reconstructions
 
-What is the paper's, what the released weights', what ours
-                                the paper's text   released weights   presets of this file
+What is the paper's, what the released weights', what ours (to come back to)
+                                the paper's text   released weights   our presets and recipes
     data scale (chapter 4)      1                  0.6                0.6; "shapes" 1
     l_fm / data_scale² (5)      -                  yes                yes
     group rule (1)              "ceil"             "nearest"          "ceil"
     beta (1)                    2                  2                  2; "shapes" 4, "cifar10" 8
     kept tokens (5)             -                  yes                yes
-    flow times an encoding (5)  1                  1                  1; small presets 2 to 4
-    codebook warm-up (5)        no                 no                 no; small presets yes
-    LPIPS and REPA (5)          yes                yes                yes; small presets no
-    guidance, solver (7)        1.1 to 8 (L) or 10 (XL), Adams 2nd    the same are the defaults
+    times R (5)                 1                  1                  1; small models 2 to 4
+    codebook warm-up (5)        no                 no                 no; small models yes
+    LPIPS and REPA (5)          yes                yes                yes; small models no
+    guidance (7)                L 1.1 to 8, XL 1.1 to 10              1.1 to 8 by default
+    solver (1)                  Adams 2nd          Adams 2nd          the same, "ab2"
     Loading the released weights sets their scale, rule and beta. The preset "v1" has their sizes
     and scale, but the paper's rule. Numbers quoted from the paper, here and in the README (1.52
-    rFID, Table 2; 2.09 FID with XL, Table 3), were measured by its authors with these weights.
+    rFID, Table 2; 2.09 FID with XL, Table 3), were measured by its authors with their weights.
 """
 
 import dataclasses
@@ -239,7 +242,8 @@ class VectorQuantizer(nn.Module):
             return (f.float() @ rows.T).argmax(-1)
 
     def forward(self, f: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features [B, N, D], keep bool [B, N] -> z [B, N, D], codes int64 [B, N], l_vq, l_commit.
+        """Features [B, N, D], keep bool [B, N] (chapter 5 says which tokens these are) -> z
+        [B, N, D], codes int64 [B, N], l_vq, l_commit.
         Both losses are means over the D numbers of a token and over the tokens where keep is true.
         """
         f = F.normalize(f.float(), dim=-1)
@@ -407,7 +411,7 @@ def init_linears(module: nn.Module, std: float) -> None:
 #
 # It is a diffusion transformer (DiT) on patches of pixels. In each block a condition m shifts,
 # scales and gates what attention and MLP do:
-#     x + gate · f(shift + (1 + scale) · norm(x))       with f = attention, then with f = MLP
+#     x + gate · layer(shift + (1 + scale) · norm(x))      the layer is attention, then MLP
 # where shift, scale and gate are a Linear of m (AdaLN-zero). In DiT one m serves the whole picture.
 # Here every patch has its own: what this patch reads from the group's tokens by cross-attention,
 # plus an embedding of the time. What was read is not added to x. So tokens never become a part of
@@ -555,22 +559,21 @@ class DiffusionDecoder(nn.Module):
 #
 # Kept tokens. The causal decoder being causal, z' of group k depends on the tokens up to the end of
 # group k, and on no later one. So the later tokens had no part in this velocity, and no error of a
-# picture tells the encoder how to choose them. l_vq and l_commit alone would only tie them to
-# whichever codebook rows are nearest. Therefore both losses are means over the tokens that are
-# "kept": those up to the end of the group that was drawn. (The paper does not say so; the authors'
-# code does it.)
+# picture tells the encoder what they should say. l_vq and l_commit alone would only pull their
+# features to whichever rows are nearest, and hold them there. Therefore both losses are means over
+# the tokens that are "kept": those up to the end of the group that was drawn. (The paper does not
+# say so; the authors' code does it.)
 #
 # Three things are ours, and only small models use them (their recipes are in train_tokenizer.py):
-# * R flow times an encoding. In a small model the encoder costs more than the diffusion decoder. So
-#   each image is encoded once and denoised at R times, each with its own noise. Kept are the tokens
-#   up to the last of the R groups.
-# * Codebook warm-up. The gates of a fresh encoder are zero: its features are the same for all
-#   images, one for each query. They would fall to a few codes, and all other rows would never be
-#   chosen and never learn. So for the first 150 to 200 steps the tokens are not quantized. Noise is
-#   added to each feature in the place of the quantizer's error. What is warmed up is the encoder:
-#   if the features are to be told apart in spite of the noise, they must spread over the sphere.
-#   Then features of images become the rows of the codebook (start_from), and quantizing begins.
-#   Until then l_vq and l_commit are 0.
+# * R flow times an encoding. Encoder and causal decoder together cost a small model as much as the
+#   diffusion decoder. So each image is encoded once and denoised at R times, each with its own
+#   noise. Kept are the tokens up to the last of the R groups.
+# * Codebook warm-up. The gates of a fresh encoder are zero, so query i gives the same feature for
+#   every image. Few codes would be used, and the others would never be chosen and never learn. So
+#   for the first 150 to 200 steps nothing is quantized, and l_vq = l_commit = 0. Noise is added to
+#   each feature instead. What is warmed up is the encoder: if its features are to be told apart in
+#   spite of the noise, they must spread over the sphere. In the end V features of images, chosen
+#   at random, become the codebook (start_from), and quantizing begins.
 # * Fresh weights of a larger standard deviation (init_std), for narrow models.
 
 # Standard deviation of the warm-up's noise. In 8 dimensions its length is about 0.5, the distance
@@ -648,7 +651,7 @@ TOKENIZER_PRESETS = {
     "lite": TokenizerConfig(
         encoder_width=512, decoder_width=512, diffusion_width=512, diffusion_layers=8, repa_layer=5
     ),
-    # Ours, 4.4M, for 32x32 pixels: trains on two CPU cores.
+    # Ours, 4.4M parameters, for 32x32 pixels: trains on two CPU cores.
     "tiny": TokenizerConfig(
         image_size=32,
         encoder_patch=4,
@@ -664,7 +667,7 @@ TOKENIZER_PRESETS = {
         repa_layer=None,
         init_std=0.08,
     ),
-    # Ours, 0.6M, for 16x16 pixels: a first training in minutes.
+    # Ours, 0.6M parameters, for 16x16 pixels: a first training in minutes.
     "shapes": TokenizerConfig(
         image_size=16,
         encoder_patch=4,
@@ -911,7 +914,8 @@ def tokenizer_training_step(
     model, ema, optimizer, images, step, times=1, codebook_warmup=0, lpips=None, dinov2=None
 ) -> dict[str, Tensor]:
     """One step of the training of section 4 on images [B, 3, H, W]. train_tokenizer.py takes the
-    same step with several processes and micro-batches, in bfloat16, and can be stopped."""
+    same step with several processes and micro-batches, in bfloat16, starts the codebook from more
+    images, and can be stopped."""
     batch = len(images)
     if step == codebook_warmup and codebook_warmup > 0:  # features become the codebook: B·N >= V
         model.quantize.start_from(model.encoder(images).flatten(0, 1))
@@ -1261,8 +1265,9 @@ def gumbel_noise(seeds: list[int], vocab_size: int, device: torch.device) -> Ite
 #     2           z_1 at 1               0 1                   z_2
 #     ...
 #     N           z_{N-1} at N-1         0 ... N-1             z_N
-# The mask of such a step is one row of the causal mask. It hides the positions that are not written
-# yet; they hold zeros, since a hidden value has weight 0, but 0 · inf would be NaN.
+# The mask of such a step is one row of the causal mask (several rows at first, if a prefix is
+# given). It hides the positions that are not written yet. These are filled with zeros: a hidden
+# value counts with weight 0, but memory that was never written may hold inf, and 0 · inf is NaN.
 
 
 class KVCache:
@@ -1380,34 +1385,39 @@ class StreamStep(NamedTuple):
         return self.previews[-1]  # there is one: the flow's first step needs the first group
 
 
-@torch.no_grad()
 def denoise(
     tokenizer, code_groups: Iterable[Tensor], noise: Tensor, num_steps=None, solver="ab2"
 ) -> Iterator[StreamStep]:
     """Eq. 8: takes each step of the flow as soon as the group of tokens that it needs is there.
     code_groups: up to K groups, int64 [B, N/K], in order. noise: x0 [B, 3, H, W]. num_steps: S, the
-    config's if None. Yields a StreamStep for each group."""
+    config's if None. Yields a StreamStep for each group. Raises ValueError, at once."""
     c = tokenizer.config
     if num_steps is None:
         num_steps = c.num_steps or c.num_groups
     schedule = sampling_schedule(num_steps, c.num_groups, c.time_shift, c.group_rule)
-    x = noise.float()
-    v_prev = None
-    previews = ()
-    codes = None
-    for k, group_codes in enumerate(code_groups):
-        codes = group_codes if codes is None else torch.cat((codes, group_codes), 1)
-        # The causal decoder runs anew on all tokens so far. A cache would spare it the earlier
-        # ones, but it is small beside the diffusion decoder (v1: 256 tokens, but 1024 patches).
-        group_z = tokenizer.condition(codes)[:, -c.group_size :]  # z' of group k
-        for step in schedule:
-            if step.group == k:
-                t = torch.tensor([step.t], dtype=torch.float32, device=x.device)
-                v = tokenizer.velocity(x, t, group_z)
-                previews = (*previews, jump_estimate(x, v, t) / c.data_scale)
-                x = solver_step(x, v, v_prev, step.t_next - step.t, solver)
-                v_prev = v
-        yield StreamStep(codes, x / c.data_scale, previews)
+    solver_step(noise, noise, None, 0.0, solver)  # refuses an unknown solver now
+
+    @torch.no_grad()
+    def steps() -> Iterator[StreamStep]:
+        x = noise.float()
+        v_prev = None
+        previews = ()
+        codes = None
+        for k, group_codes in enumerate(code_groups):
+            codes = group_codes if codes is None else torch.cat((codes, group_codes), 1)
+            # The causal decoder runs anew on all tokens so far. A cache would spare it the earlier
+            # ones, but it is small beside the diffusion decoder (v1: 256 tokens, 1024 patches).
+            group_z = tokenizer.condition(codes)[:, -c.group_size :]  # z' of group k
+            for step in schedule:
+                if step.group == k:
+                    t = torch.tensor([step.t], dtype=torch.float32, device=x.device)
+                    v = tokenizer.velocity(x, t, group_z)
+                    previews = (*previews, jump_estimate(x, v, t) / c.data_scale)
+                    x = solver_step(x, v, v_prev, step.t_next - step.t, solver)
+                    v_prev = v
+            yield StreamStep(codes, x / c.data_scale, previews)
+
+    return steps()
 
 
 def decode_steps(tokenizer, codes, noise, num_steps, solver) -> list[StreamStep]:

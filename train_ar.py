@@ -1,13 +1,13 @@
 """Trains the Llama on a tokenizer's codes (sections 3.2, 4 and 5 of the paper).
 
-From nothing:      python train_ar.py --preset shapes --data shapes \\
-                       --tokenizer runs/shapes/last.pt --out runs/shapes-ar
-A folder a class:  python train_ar.py --data cifar10/train --tokenizer runs/tokenizer/last.pt \\
-                       --out runs/ar
-The paper's:       torchrun --nproc_per_node=8 train_ar.py --preset XL --data imagenet/train \\
-                       --tokenizer D-AR-tokenizer_v1.pt --out runs/xl
-On two nodes:      the same on each, with --nnodes=2 --rdzv_backend=c10d --rdzv_id=xl
-                       --rdzv_endpoint=FIRST_NODE:29500
+From nothing:
+    python train_ar.py --preset shapes --data shapes --tokenizer runs/shapes/last.pt \\
+        --out runs/shapes-ar
+On images, a folder with a sub-folder for each class:
+    python train_ar.py --data cifar10/train --tokenizer runs/tokenizer/last.pt --out runs/ar
+The paper's, on eight GPUs; for two nodes see train_tokenizer.py:
+    torchrun --nproc_per_node=8 train_ar.py --preset XL --data imagenet/train \\
+        --tokenizer D-AR-tokenizer_v1.pt --out runs/xl
 
 The images are first tokenized once, into RUN/codes, which several nodes must share; or with
 --on-the-fly as they are needed. The same command again goes on where the run stopped. RUN/last.pt
@@ -419,7 +419,7 @@ def main() -> int:
     numbers = sample_numbers(steps, args.batch, micro_batch, rank, world)
     workers = count_workers(size) if args.workers is None else args.workers
     batches = iterate_batches(samples, numbers, workers, device)
-    stop_signal = StopSignal()
+    stop_signal = StopSignal()  # from here on a signal is noted, and the step is finished
     stop = 0
     bar = tqdm(total=args.steps, initial=state.step, disable=rank > 0, unit="step")
     log.restart_clock(state.step)
@@ -436,8 +436,8 @@ def main() -> int:
         unreadable = 0
         optimizer.zero_grad()
         for i in range(accumulate):
-            codes_or_images, labels, positions, corrupt = next(batches)
-            unreadable += corrupt
+            codes_or_images, labels, positions, newly_unreadable = next(batches)
+            unreadable += newly_unreadable
             codes = codes_or_images
             if args.on_the_fly:
                 codes = tokenizer.encode(to_float(codes_or_images))
@@ -449,7 +449,8 @@ def main() -> int:
                 (state.scaler.scale * loss).backward()
             loss_sum += loss.detach()
 
-        # The step reaches the weights unless something is not finite, on all processes alike.
+        # accept() says whether losses and gradients are finite, the same in all processes. If they
+        # are not, it lowers float16's loss scale and the step is skipped, or it raises.
         grad_norm = clip_gradients(model, state.scaler.scale, args.clip)
         means, unreadable, stop = all_reduce_stats(
             loss_sum, unreadable, stop_signal.number, processes
@@ -467,22 +468,22 @@ def main() -> int:
         bar.update()
 
         # Log, picture, checkpoint.
-        draw = is_due(step, args.picture_every, args.steps)
-        if draw or is_due(step, args.log_every, args.steps):
+        picture_due = is_due(step, args.picture_every, args.steps)
+        if picture_due or is_due(step, args.log_every, args.steps):
             data.refuse_if_corrupt(state.unreadable, state.step * args.batch)
             row = run_row(state, args, optimizer, log, names)
             bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
             shown = ema or model.eval()
-            if draw and rank == 0:
+            if picture_due and rank == 0:
                 sample_picture(shown, cfg, device).save(folder / f"step-{state.step}.png")
-            if draw and val:
+            if picture_due and val:
                 row |= held_out(shown, val_codes, val_labels, processes, autocast) | unigram
             log.write(row)
             log.restart_clock(state.step)
             state.sums.zero_()
         if rank == 0 and (stop or is_due(step, args.save_every, args.steps)):
-            keep = args.keep_every > 0 and state.step % args.keep_every == 0
-            save_run(folder, state, settings, model, ema, optimizer, keep)
+            keep_copy = args.keep_every > 0 and state.step % args.keep_every == 0
+            save_run(folder, state, settings, model, ema, optimizer, keep_copy)
         if stop:
             break
 

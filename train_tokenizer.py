@@ -1,12 +1,16 @@
 """Trains the sequential diffusion tokenizer (sections 3.1, 4 and 5 of the paper).
 
-From nothing:      python train_tokenizer.py --preset shapes --data shapes --out runs/shapes
-A folder a class:  python train_tokenizer.py --data cifar10/train --val cifar10/test --out
-runs/tokenizer The paper's:       torchrun --nproc_per_node=8 train_tokenizer.py --preset v1 \\
-                       --data imagenet/train --out runs/v1
-On two nodes:      the same on each, with --nnodes=2 --rdzv_backend=c10d --rdzv_id=v1
-                       --rdzv_endpoint=FIRST_NODE:29500
-Without internet:  python train_tokenizer.py --prefetch, beforehand, where there is some
+From nothing:
+    python train_tokenizer.py --preset shapes --data shapes --out runs/shapes
+On images, a folder with a sub-folder for each class:
+    python train_tokenizer.py --data cifar10/train --val cifar10/test --out runs/tokenizer
+The paper's, on eight GPUs; on two nodes the same on each:
+    torchrun --nproc_per_node=8 train_tokenizer.py --preset v1 --data imagenet/train --out runs/v1
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id=v1 \\
+        --rdzv_endpoint=FIRST_NODE:29500 \\
+        train_tokenizer.py --preset v1 --data imagenet/train --out runs/v1
+Where the nodes have no internet, this beforehand, where there is some:
+    python train_tokenizer.py --prefetch
 
 The same command again goes on where the run stopped, with any number of processes. RUN/last.pt is
 the checkpoint (averaged weights inside), RUN/log.csv the losses, RUN/step-*.png originals beside
@@ -139,10 +143,24 @@ def build_config(args: argparse.Namespace) -> dar.TokenizerConfig:
     return config
 
 
+# Fields of the config on which no weight's shape depends.
+SHAPELESS = (
+    "image_size",
+    "num_groups",
+    "num_steps",
+    "time_shift",
+    "data_scale",
+    "group_rule",
+    "commit_weight",
+    "init_std",
+)
+
+
 def build_model(
     args: argparse.Namespace, config: dar.TokenizerConfig
 ) -> dar.SequentialDiffusionTokenizer:
-    """A fresh tokenizer, or one with --init's weights. Raises ValueError naming a difference."""
+    """A fresh tokenizer, or one with --init's weights. Raises ValueError naming a field that shapes
+    the weights and differs."""
     torch.manual_seed(args.seed)
     model = dar.SequentialDiffusionTokenizer(config)
     if config.repa_layer is not None and not args.repa:
@@ -151,7 +169,7 @@ def build_model(
         source = dar.load_tokenizer(args.init, dtype=torch.float32)
         for name, value in dataclasses.asdict(config).items():
             before = getattr(source.config, name)
-            if before != value and name != "time_shift":  # on which no weight's shape depends
+            if before != value and name not in SHAPELESS:
                 raise ValueError(f"--init {args.init}: has {name} = {before}, this run {value}")
         model.load_state_dict(source.state_dict())
     return model
@@ -328,38 +346,41 @@ def main() -> int:
     workers = count_workers(config.image_size) if args.workers is None else args.workers
     batches = iterate_batches(samples, numbers, workers, device)
     used = torch.zeros(config.codebook_size, device=device)  # 1 for the codes since the last row
-    stop_signal = StopSignal()
+    stop_signal = StopSignal()  # from here on a signal is noted, and the step is finished
     stop = 0
     bar = tqdm(total=args.steps, initial=state.step, disable=rank > 0, unit="step")
 
     for step in steps:
-        if step == args.codebook_warmup > 0:
+        if step == args.codebook_warmup and args.codebook_warmup > 0:
             start_codebook(model, ema, samples, step * args.batch, device)
 
         # One step of eq. 7 on args.batch images: each process takes its part, a micro-batch at a
         # time, and gradients add up.
-        times = draw_times(args.seed, step, args.batch, args.times).to(device)  # [batch, R]
-        kept = model.kept_tokens(times).sum()  # in the whole batch
+        s_batch = draw_times(args.seed, step, args.batch, args.times).to(device)  # [batch, R]
+        kept = model.kept_tokens(s_batch).sum()  # tokens, in the whole batch
         losses = torch.zeros(len(names) - 1, device=device)
         unreadable = 0
         optimizer.zero_grad()
         for i in range(accumulate):
-            images, _, positions, corrupt = next(batches)
-            unreadable += corrupt
+            images, _, positions, newly_unreadable = next(batches)
+            unreadable += newly_unreadable
             images = to_float(images)
-            s = times[positions - step * args.batch]  # [micro-batch, R]
+            s = s_batch[positions - step * args.batch]  # [micro-batch, R]
             noise = draw_noise(args.seed, positions, (args.times, *images.shape[1:]), device)
             code_noise = None
             if step < args.codebook_warmup:
                 shape = (config.num_tokens, config.code_dim)
                 code_noise = draw_noise(args.seed + 1, positions, shape, device) * dar.WARMUP_NOISE
-            features = dinov2(images) if dinov2 else None
+            repa_target = dinov2(images) if dinov2 else None
             with sync_gradients(parallel, wanted=i + 1 == accumulate):
                 with autocast:
                     out = parallel(images, s, noise, code_noise)
-                    terms = dar.tokenizer_loss(out, images, lpips, args.lpips, features, args.repa)
-                # Means over micro-batches become means over the batch: the quantizer's over all
-                # tokens that are kept, the others over images. (DDP divides by the processes.)
+                    terms = dar.tokenizer_loss(
+                        out, images, lpips, args.lpips, repa_target, args.repa
+                    )
+                # Means over this micro-batch become shares of the mean over the whole batch: the
+                # quantizer's over all tokens that are kept, the others over images. Micro-batches
+                # and processes add up, and DDP divides by the number of processes.
                 for name in terms:
                     share = 1 / accumulate
                     if name in ("vq", "commit"):
@@ -370,7 +391,8 @@ def main() -> int:
             losses += torch.stack([loss, *terms.values()]).detach()
             used[out["codes"]] = 1
 
-        # The step reaches the weights unless something is not finite, on all processes alike.
+        # accept() says whether losses and gradients are finite, the same in all processes. If they
+        # are not, it lowers float16's loss scale and the step is skipped, or it raises.
         grad_norm = clip_gradients(model, state.scaler.scale, args.clip)
         means, unreadable, stop = all_reduce_stats(
             losses, unreadable, stop_signal.number, processes
@@ -387,24 +409,24 @@ def main() -> int:
         bar.update()
 
         # Log, picture, checkpoint.
-        draw = is_due(step, args.picture_every, args.steps)
-        if draw or is_due(step, args.log_every, args.steps):
+        picture_due = is_due(step, args.picture_every, args.steps)
+        if picture_due or is_due(step, args.log_every, args.steps):
             data.refuse_if_corrupt(state.unreadable, state.step * args.batch)
             row = run_row(state, args, optimizer, log, names)
             row["code_use"] = processes.all_reduce(used, "MAX").mean().item()
             bar.set_postfix(loss=f"{row['loss']:.3f}", images_s=f"{row['images_per_s']:.0f}")
-            if draw and rank == 0:
+            if picture_due and rank == 0:
                 picture = reconstruction_picture(ema, val or data, device)
                 picture.save(folder / f"step-{state.step}.png")
-            if draw and val:
+            if picture_due and val:
                 row |= held_out(ema, val, 250, processes, autocast)
             log.write(row)
             log.restart_clock(state.step)
             state.sums.zero_()
             used.zero_()
         if rank == 0 and (stop or is_due(step, args.save_every, args.steps)):
-            keep = args.keep_every > 0 and state.step % args.keep_every == 0
-            save_run(folder, state, settings, model, ema, optimizer, keep)
+            keep_copy = args.keep_every > 0 and state.step % args.keep_every == 0
+            save_run(folder, state, settings, model, ema, optimizer, keep_copy)
         if stop:
             break
 
