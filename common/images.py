@@ -63,9 +63,7 @@ def read_image(path: str | Path) -> Image.Image:
     """
     with open(path, "rb") as file:
         try:
-            image = Image.open(file)
-            image.load()
-            return to_rgb(image)
+            return to_rgb(Image.open(file))
         except Exception as error:  # A damaged file makes decoders fail in every way there is.
             raise ValueError(f"{path}: not a readable image ({error})") from error
 
@@ -93,12 +91,15 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
     longest = 32 * min(image.size)
     if max(image.size) > longest:
         # Only the middle of such a strip: 65,000 x 1 pixels would become gigabytes.
-        image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))
+        middle = (min(image.width, longest), min(image.height, longest))
+        image = ImageOps.fit(image, middle)
 
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    width = round(image.width * scale)
+    height = round(image.height * scale)
+    return image.resize((width, height), Image.BICUBIC)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -144,7 +145,9 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     """
     height, width = images.shape[2:]
     rows = math.ceil(len(images) / columns)
-    canvas = torch.ones(3, rows * (height + gap) + gap, columns * (width + gap) + gap)
+    canvas_height = rows * (height + gap) + gap
+    canvas_width = columns * (width + gap) + gap
+    canvas = torch.ones(3, canvas_height, canvas_width)
 
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
