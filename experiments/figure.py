@@ -1,78 +1,116 @@
-"""README, the figure at the top: one picture being drawn, as the method sees it.
+"""The picture at the top of the README: one picture being drawn, as the method sees it.
 
-    python experiments/figure.py --class-name ship --seed 3 --out assets/how.png
+    python experiments/figure.py --class horse --seed 0 --out assets/how.png
 
-A column for each group of tokens. From top to bottom: the tokens that the Llama writes (a colour is the place of a code
-in the codebook, its first three dimensions), where the flow stands after their denoising step, and the preview, the
-jump to the end from where the flow stood before it.
+A column for each group of tokens. From top to bottom: the tokens that the Llama writes (a code's
+colour is its place in the codebook, in its first three dimensions), where the flow stands after the
+group's step, and the preview: the jump to the end from where the flow stood before it.
 """
 
 import argparse
-import sys
+import math
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 import dar
-import sample
+from common.cli import command_line, integer, real
+from common.images import to_uint8
+from sample import SHIPPED, class_names, output_file, parse_classes
 
-CELL, GAP, LEFT, LINE = 96, 14, 150, 22  # pixels: a picture, between pictures, the captions' column, a line of text
-ROWS = [
+# In pixels.
+CELL = 96  # a picture
+GAP = 14  # between two
+LEFT = 150  # the column of captions
+LINE = 22  # the row of captions
+
+CAPTIONS = [
     "tokens, written\nby the Llama",
     "the flow after\ntheir denoising step",
     "preview: the jump to\nthe end instead of it",
 ]
 
 
-def token_picture(vectors: torch.Tensor) -> Image.Image:
-    """Code vectors [n, D] of length one -> a square with a coloured cell for each token, row by row."""
-    count, columns = len(vectors), max(1, round(len(vectors) ** 0.5))
-    colours = dar.to_uint8(1.4 * vectors[:, :3]).tolist()
-    picture = Image.new("RGB", (columns, -(-count // columns)), "white")
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", default=SHIPPED, help="a Llama with its tokenizer (default: the one that ships)")
+    add("--class", dest="class_name", default="ship", help="name or number (default: ship)")
+    add("--seed", type=integer(0), default=0, help="of the picture (default: 0)")
+    add("--cfg", type=real(0), default=4.0, help="guidance (default: 4)")
+    add("--out", type=output_file(".png"), default=Path("how.png"), help="default: how.png")
+    return parser.parse_args()
+
+
+def draw_tokens(vectors: Tensor) -> Image.Image:
+    """Code vectors [n, D] of length one -> a square with a coloured cell for each, row by row."""
+    columns = max(1, round(math.sqrt(len(vectors))))
+    rows = math.ceil(len(vectors) / columns)
+    colours = to_uint8(1.4 * vectors[:, :3]).tolist()
+    picture = Image.new("RGB", (columns, rows), "white")
     for i, colour in enumerate(colours):
-        picture.putpixel((i % columns, i // columns), tuple(colour))
+        row, column = divmod(i, columns)
+        picture.putpixel((column, row), tuple(colour))
+    return enlarge(picture)
+
+
+def draw_image(image: Tensor) -> Image.Image:
+    """Float [3, H, W] in [-1, 1] -> a square of CELL pixels."""
+    return enlarge(Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()))
+
+
+def enlarge(picture: Image.Image) -> Image.Image:
     return picture.resize((CELL, CELL), Image.Resampling.NEAREST)
+
+
+def draw_arrow(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
+    """In the gap to the right of the cell at (left, top): time runs to the right."""
+    tail = left + CELL + 3
+    tip = left + CELL + GAP - 3
+    middle = top + CELL // 2
+    draw.polygon([(tail, middle - 5), (tail, middle + 5), (tip, middle)], "black")
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default=str(sample.SHIPPED), help="Llama checkpoint that carries its tokenizer")
-    parser.add_argument("--class-name", default="ship", help="name or number")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cfg", type=float, nargs=2, default=[4.0, 4.0])
-    parser.add_argument("--out", type=Path, default=Path("how.png"))
-    args = parser.parse_args()
-    if args.out.suffix.lower() not in dar.IMAGE_SUFFIXES or not args.out.resolve().parent.is_dir():
-        raise ValueError(f"{args.out}: expected a name ending in .png or another image's, in a folder that exists")
+    args = parse_arguments()
     ar = dar.load_ar(args.ckpt, dtype=torch.float32)
-    label = sample.parse_classes([args.class_name], sample.class_names(ar), "--class-name")
-    steps = list(dar.stream(ar, ar.tokenizer, torch.tensor(label), args.cfg, [args.seed]))
-    size, groups = ar.tokenizer.config.group_size, len(steps)
-    font = ImageFont.load_default(15)
-    width, height = LEFT + groups * (CELL + GAP), LINE + 3 * (CELL + GAP)
+    if ar.tokenizer is None:
+        raise ValueError(f"{args.ckpt}: carries no tokenizer")
+    names = class_names(ar)
+    label = parse_classes([args.class_name], names)[0]
+    labels = torch.tensor([label])
+    steps = list(dar.stream(ar, ar.tokenizer, labels, args.cfg, [args.seed]))
+
+    size = ar.tokenizer.config.group_size
+    width = LEFT + len(steps) * (CELL + GAP)
+    height = LINE + len(CAPTIONS) * (CELL + GAP)
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
-    for row, words in enumerate(ROWS):
-        draw.multiline_text((8, LINE + row * (CELL + GAP) + CELL // 3), words, "black", font)
+    font = ImageFont.load_default(15)
+    for row, caption in enumerate(CAPTIONS):
+        top = LINE + row * (CELL + GAP)
+        draw.multiline_text((8, top + CELL // 3), caption, "black", font)
+
     for k, step in enumerate(steps):
-        x = LEFT + k * (CELL + GAP)
-        name = f"{k * size + 1} … {(k + 1) * size}"
-        draw.text((x + CELL / 2, 2), name, "black", font, anchor="ma")
+        left = LEFT + k * (CELL + GAP)
+        numbers = f"{k * size + 1} … {(k + 1) * size}"
+        draw.text((left + CELL / 2, 2), numbers, "black", font, anchor="ma")
         vectors = ar.tokenizer.quantize.lookup(step.codes[0, -size:])
-        images = [Image.fromarray(dar.to_uint8(image[0]).permute(1, 2, 0).numpy()) for image in (step.x, step.preview)]
-        cells = [token_picture(vectors), *(image.resize((CELL, CELL), Image.Resampling.NEAREST) for image in images)]
+        cells = [draw_tokens(vectors), draw_image(step.x[0]), draw_image(step.preview[0])]
         for row, cell in enumerate(cells):
-            picture.paste(cell, (x, LINE + row * (CELL + GAP)))
-            if k + 1 < groups:  # time runs to the right
-                y = LINE + row * (CELL + GAP) + CELL // 2
-                draw.polygon([(x + CELL + 3, y - 5), (x + CELL + 3, y + 5), (x + CELL + GAP - 3, y)], "black")
-    sample.save_picture(picture, args.out)
-    print(f"wrote {args.out}: {sample.class_names(ar)[label[0]]}, seed {args.seed}")
+            top = LINE + row * (CELL + GAP)
+            picture.paste(cell, (left, top))
+            if k + 1 < len(steps):
+                draw_arrow(draw, left, top)
+
+    picture.save(args.out)
+    print(f"wrote {args.out}: {names[label]}, seed {args.seed}")
 
 
 if __name__ == "__main__":
-    dar.command_line(main)
+    command_line(main)

@@ -18,7 +18,7 @@ import dar
 import train_ar
 import train_tokenizer
 from common.cli import command_line, integer
-from common.plan import ar_cost, tokenizer_cost, weights_bytes
+from common.plan import ar_cost, needed_bytes, tokenizer_cost, weights_bytes
 
 
 class GPU(NamedTuple):
@@ -81,7 +81,7 @@ def main() -> None:
     print(f"kept for the backward pass, an image    {per_image:6.2f} GB")
     images_per_gpu = batch // args.gpus
     fits = [n for n in range(1, images_per_gpu + 1) if images_per_gpu % n == 0]
-    fits = [n for n in fits if weights + 1.1 * n * per_image < gpu.memory]
+    fits = [n for n in fits if needed_bytes(model, not is_llama, cost, n) < 1e9 * gpu.memory]
     if not fits:
         print(f"does not fit: {gpu.memory} GB, even with --micro-batch 1")
         return
@@ -89,7 +89,7 @@ def main() -> None:
     wanted = recipe.get("micro_batch")
     if wanted in fits:
         micro_batch = wanted
-    used = weights + 1.1 * micro_batch * per_image
+    used = needed_bytes(model, not is_llama, cost, micro_batch) / 1e9
     print(f"memory with --micro-batch {micro_batch:<4d}          {used:6.1f} of {gpu.memory} GB")
     print(f"largest --micro-batch that fits         {max(fits):6d}")
 
