@@ -33,15 +33,9 @@ from tqdm import tqdm
 import dar
 from common.cli import command_line, integer, real
 from common.distributed import Processes, start_processes
-from common.files import (
-    chunk_path,
-    fill_chunks,
-    fingerprint,
-    read_chunks,
-    write_atomically,
-    write_npy,
-)
+from common.files import fill_chunks, fingerprint, read_chunks, write_atomically, write_npy
 from common.images import center_crop, tile, to_float
+from common.plan import ar_cost, needed_bytes, refuse_if_too_large
 from common.speed import pick_dtype
 from common.training import (
     RUN_COLUMNS,
@@ -198,14 +192,13 @@ def tokenize(
         return {"codes": codes.numpy().astype(dtype), "sources": np.array(sources, np.int32)}
 
     def join() -> None:
-        if (folder / "sources.npy").exists():
-            return
-        for name in ("codes", "sources"):  # sources come last: once they are there, all is
-            parts = read_chunks(folder, num_chunks, name)
-            save = functools.partial(save_parts, count=len(data), parts=parts)
-            write_atomically(folder / f"{name}.npy", save)
-        for chunk in range(num_chunks):
-            chunk_path(folder, chunk).unlink()
+        if not (folder / "sources.npy").exists():
+            for name in ("codes", "sources"):  # sources come last: once they are there, all is
+                parts = read_chunks(folder, num_chunks, name)
+                save = functools.partial(save_parts, count=len(data), parts=parts)
+                write_atomically(folder / f"{name}.npy", save)
+        for path in folder.glob("chunk-*.npz"):
+            path.unlink()
 
     done = (folder / "sources.npy").exists()
     fill_chunks(folder, settings, 0 if done else num_chunks, compute, processes, "tokenizing")
@@ -358,6 +351,8 @@ def main() -> int:
     dar.guidance_schedule(cfg, 1)  # refuses now what the first picture would stumble over
     processes = start_processes(args.device)
     device, rank, world = processes
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, for tokenizing: a fifth of the time
     micro_batch, accumulate = divide_batch(args, world)
     tokenizer = dar.load_tokenizer(args.tokenizer, device)
     size = tokenizer.config.image_size
@@ -373,6 +368,10 @@ def main() -> int:
     if args.ema:
         memo = {id(tokenizer): tokenizer}  # which is not copied: it is not trained
         ema = copy.deepcopy(model, memo).requires_grad_(False).eval()
+    if device.type == "cuda" and not args.checkpoint_blocks:
+        needed = needed_bytes(model, args.ema, ar_cost(model.config), micro_batch)
+        available = torch.cuda.get_device_properties(device).total_memory
+        refuse_if_too_large(needed, available, micro_batch)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [

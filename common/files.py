@@ -70,7 +70,8 @@ def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """Creates the folder with its settings. Raises ValueError if it is there and has others."""
+    """Creates the folder with its settings. Raises ValueError if it holds results of
+    others."""
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if path.exists():
@@ -79,14 +80,16 @@ def check_settings(folder: Path, settings: dict) -> None:
             changed = [name for name in settings if settings[name] != before.get(name)]
         except (ValueError, AttributeError):
             raise ValueError(f"{path}: damaged; remove {folder}") from None
-        if changed:
+        if not changed:
+            return
+        results = [file for file in folder.iterdir() if file.suffix in (".npz", ".npy")]
+        if results:  # chunks, or what they were joined to; without any, nothing can be lost
             name = changed[0]
             raise ValueError(
                 f"{folder}: half done with another {name} ({before.get(name)}, now "
                 f"{settings[name]}); finish that, remove it, or choose another name"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: exists already, and is no half-done work of this command")
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=1)

@@ -205,3 +205,17 @@ def weights_bytes(model: nn.Module, ema: bool) -> int:
     """Weights, gradients and Adam's two moments in float32; the average; and bfloat16 copies."""
     count = sum(p.numel() for p in model.parameters())
     return count * (16 + 4 * ema + 2)
+
+
+def needed_bytes(model: nn.Module, ema: bool, cost: Cost, micro_batch: int) -> float:
+    """Memory of a GPU in training. A tenth is added for what the allocator cannot fill."""
+    return weights_bytes(model, ema) + 1.1 * micro_batch * cost.saved
+
+
+def refuse_if_too_large(needed: float, available: float, micro_batch: int) -> None:
+    """Raises ValueError if a training does not fit a GPU, before its first step. In bytes."""
+    if needed > available:
+        raise ValueError(
+            f"--micro-batch {micro_batch} needs about {needed / 1e9:.0f} GB, the GPU has "
+            f"{available / 1e9:.0f}; take a smaller one, or --checkpoint-blocks"
+        )

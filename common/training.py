@@ -182,6 +182,7 @@ def iterate_batches(
         num_workers=workers,
         worker_init_fn=leave_signals_to_the_parent,
         pin_memory=pin,
+        generator=torch.Generator(),  # it draws when it starts: not from the generator of dropout
     )
     for images, labels, positions, corrupt in loader:
         images = images.to(device, non_blocking=pin)
@@ -285,8 +286,9 @@ def wrap_model(model: nn.Module, args: argparse.Namespace, processes: Processes)
         model = quiet_compile(model)
     if processes.world > 1:
         devices = [processes.device.index] if processes.device.type == "cuda" else None
+        # torch.compile cuts a model where a bucket of gradients ends. So buckets are large, in MB.
         model = nn.parallel.DistributedDataParallel(
-            model, device_ids=devices, gradient_as_bucket_view=True
+            model, device_ids=devices, gradient_as_bucket_view=True, bucket_cap_mb=200
         )
     return model
 
@@ -439,8 +441,9 @@ def resume_run(folder: Path, state: State, settings: dict, model, ema, optimizer
     # The parameter groups are this command line's, so that its weight decay counts.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(training["optimizer"] | {"param_groups": groups})
-    enabled = state.scaler.enabled
-    state.scaler = LossScaler(**training["scaler"] | {"enabled": enabled})
+    if training["scaler"]["enabled"] == state.scaler.enabled:  # else the precision is another
+        state.scaler = LossScaler(**training["scaler"])
+    state.scaler.skipped = training["scaler"]["skipped"]
     state.step = training["step"]
     state.unreadable = training["unreadable"]
     state.sums = training["sums"]
@@ -460,7 +463,7 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [",".join(columns)]
         if state.step > 0 and self.path.exists():
-            rows = self.path.read_text().splitlines()[1:]
+            rows = self.path.read_text(errors="replace").splitlines()[1:]
             lines += [row for row in rows if self.is_whole(row, state.step)]
         text = "\n".join(lines) + "\n"
         write_atomically(self.path, lambda file: file.write_text(text))
