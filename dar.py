@@ -83,6 +83,7 @@ import math
 import re
 import types
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -828,7 +829,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         """Images float [B, 3, H, W] in [-1, 1] -> tokens int64 [B, N]. Values up to 2 are taken,
         for what decode() returns is not clamped. Raises ValueError."""
         check_images(images, self.config.encoder_patch)
-        if images.numel() > 0 and images.abs().max() > 2:
+        if images.numel() > 0 and not images.abs().max() <= 2:
             raise ValueError(f"images up to {images.abs().max():.4g}: expected pixels in [-1, 1]")
         return self.quantize.nearest_code(self.encoder(images))
 
@@ -964,7 +965,7 @@ class ARConfig:
 
     def __post_init__(self):
         check_width("width", self.width)
-        if self.layers < 0 or self.vocab_size < 1 or self.num_classes < 1 or self.num_tokens < 1:
+        if self.layers < 1 or self.vocab_size < 1 or self.num_classes < 1 or self.num_tokens < 1:
             raise ValueError(f"{self}: a number is too small")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout = {self.dropout}: expected 0 ... 1")
@@ -1458,6 +1459,8 @@ def stream(
     c = tokenizer.config
     check_same_tokens(ar.config, c)
     check_codes("class labels", labels, ar.config.num_classes + 1, dims=1)
+    if len(labels) == 0:
+        raise ValueError("no class labels: expected one or more")
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
         noise = initial_noise(seeds, c.image_size, labels.device)
@@ -1504,6 +1507,11 @@ def read_checkpoint(path: str | Path) -> dict:
     ]
     open(path, "rb").close()  # raises OSError if the file is missing or may not be read
     try:
+        with zipfile.ZipFile(
+            path
+        ) as archive:  # torch would map compressed bytes as if they were not
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed")
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -1511,7 +1519,7 @@ def read_checkpoint(path: str | Path) -> dict:
         code = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         if code and "weights_only" in str(error):
             raise ValueError(f"{path}: refused, for it holds {code[1]}, which could run") from None
-        raise ValueError(f"{path}: damaged, or no file of torch 1.6 or newer") from None
+        raise ValueError(f"{path}: damaged, compressed, or older than torch 1.6") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds a {type(data).__name__}, expected a dict")
     return data
@@ -1551,7 +1559,7 @@ def load_tokenizer(path, device="cpu", dtype=None) -> SequentialDiffusionTokeniz
     """A tokenizer from our format or the authors', or the one that a Llama's file carries; in eval
     mode. Raises OSError, ValueError or FloatingPointError, naming the file."""
     data = read_checkpoint(path)
-    if data.get("kind") == "ar" and "tokenizer" in data:
+    if data.get("kind") == "ar" and isinstance(data.get("tokenizer"), dict):
         data = data["tokenizer"]
     return load_model(SequentialDiffusionTokenizer, data, path, device, dtype)
 
@@ -1619,6 +1627,8 @@ def find_weights(data: dict) -> dict[str, Tensor]:
     for name, value in weights.items():
         for theirs, ours in RENAMED.items():
             name = re.sub(theirs, ours, name)
+        if value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name} is sparse or empty")
         if name.startswith(("quant_", "diffusion.patch_")) and value.shape[2:] == (1, 1):
             value = value[:, :, 0, 0]  # the authors' 1x1 convolutions are our Linears
         state[name] = value

@@ -45,7 +45,7 @@ from common.images import (
     to_rgb,
     to_uint8,
 )
-from common.speed import pick_dtype, prepare_for_sampling, use_fast_attention
+from common.speed import pick_dtype, prepare_for_sampling
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "cifar10.pt"
 
@@ -643,7 +643,6 @@ def main() -> None:
         raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
     args.device = device.type  # what "auto" was
     args.dtype = str(dtype)
-    use_fast_attention()
 
     if args.reconstruct is not None:
         reconstruct(args, processes, dtype)

@@ -34,6 +34,7 @@ def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
     it. It can still be trained, saved, copied and moved. On a CPU, Linears keep a packed copy of
     their weights. compile: for many pictures on a GPU; a step of the Llama, or of the flow,
     becomes one CUDA graph."""
+    use_fast_attention()
     if getattr(model, "tokenizer", None) is not None:
         prepare_for_sampling(model.tokenizer, compile)
     if compile and isinstance(model, dar.ARTransformer):
@@ -54,7 +55,8 @@ def prepare_for_sampling(model: nn.Module, compile: bool = False) -> nn.Module:
 class PackedLinear(nn.Linear):
     """A Linear that, on a CPU and without gradients, multiplies by a copy of its weight in oneDNN's
     own order: a product of a few rows takes a half to a tenth of the time. The copy is made at the
-    first use, and again whenever the weight is another than it was."""
+    first use, and again whenever the weight has changed (but a change through weight.data, which
+    torch does not count either, is not seen)."""
 
     packed: Tensor | None = None
     packed_from: tuple = ()
@@ -110,6 +112,7 @@ class CompiledLlama(dar.ARTransformer):
 
     compiled_step: Callable | None = None
     kept: tuple[dar.KVCache, ...] = ()
+    kept_for: tuple = ()  # shape, dtype and device of the kept caches
     user: Callable = staticmethod(lambda: None)  # weak reference to who has the kept caches
 
     def next_logits(self, x: Tensor, position: Tensor, caches: list[dar.KVCache]) -> Tensor:
@@ -120,9 +123,11 @@ class CompiledLlama(dar.ARTransformer):
         return self.compiled_step(x, position, caches)
 
     def new_caches(self, batch: int, length: int) -> list[dar.KVCache]:
-        shape = (batch, self.config.width // dar.HEAD_DIM, length, dar.HEAD_DIM)
-        fits = len(self.kept) > 0 and self.kept[0].k.shape == shape
-        if not fits or self.user() is not None:
+        weight = self.output.weight
+        heads = self.config.width // dar.HEAD_DIM
+        wanted = ((batch, heads, length, dar.HEAD_DIM), weight.dtype, weight.device)
+        if self.kept_for != wanted or self.user() is not None:
+            self.kept_for = wanted
             with torch.inference_mode(False):  # whose tensors could not be written outside of it
                 self.kept = tuple(super().new_caches(batch, length))
         caches = []
@@ -135,7 +140,7 @@ class CompiledLlama(dar.ARTransformer):
 
     def __getstate__(self) -> dict:
         """For copy and pickle: a copy compiles its own step."""
-        return without(self.__dict__, "compiled_step", "kept", "user")
+        return without(self.__dict__, "compiled_step", "kept", "kept_for", "user")
 
 
 class CompiledTokenizer(dar.SequentialDiffusionTokenizer):

@@ -39,6 +39,7 @@ from common.cli import integer, real
 from common.distributed import Processes
 from common.files import write_atomically
 from common.images import list_images, read_image
+from common.speed import quiet_compile, use_fast_attention
 
 # ------------------------------------------------------------------------------
 # Data
@@ -273,6 +274,7 @@ def is_due(step: int, every: int, steps: int) -> bool:
 def wrap_model(model: nn.Module, args: argparse.Namespace, processes: Processes) -> nn.Module:
     """What a training calls in the model's place: compiled, with gradients averaged over
     processes."""
+    use_fast_attention()
     if args.checkpoint_blocks:
         for block in model.modules():
             if isinstance(block, dar.GatedBlock | dar.DiffusionBlock | dar.LlamaBlock):
@@ -281,8 +283,6 @@ def wrap_model(model: nn.Module, args: argparse.Namespace, processes: Processes)
                     recompute_in_backward, forward, use_reentrant=False
                 )
     if args.compile:
-        from common.speed import quiet_compile
-
         model = quiet_compile(model)
     if processes.world > 1:
         devices = [processes.device.index] if processes.device.type == "cuda" else None

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dar
 from common.cli import command_line, integer, real
 from common.distributed import Processes, pick_device
-from common.speed import pick_dtype, prepare_for_sampling, use_fast_attention
+from common.speed import pick_dtype, prepare_for_sampling
 from common.training import clip_gradients, wrap_model
 from train_tokenizer import RECIPES
 
@@ -333,7 +333,6 @@ def measure(args: argparse.Namespace, setup: Setup) -> Iterator[tuple[Row, int]]
 def main() -> None:
     args = parse_arguments()
     device = pick_device(args.device)
-    use_fast_attention()
     where = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()

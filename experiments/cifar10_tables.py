@@ -22,7 +22,7 @@ import fid
 from common.cli import command_line, integer
 from common.distributed import pick_device
 from common.images import psnr, to_float, to_uint8
-from common.speed import pick_dtype, prepare_for_sampling, use_fast_attention
+from common.speed import pick_dtype, prepare_for_sampling
 from common.training import ImageData
 from sample import SHIPPED
 
@@ -116,7 +116,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     device = pick_device(args.device)
-    use_fast_attention()
     ar = prepare_for_sampling(dar.load_ar(args.ckpt, device, pick_dtype("auto", device)))
     test = ImageData(args.test, 32, held_out=True)
     train = ImageData(args.train, 32)

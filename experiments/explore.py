@@ -23,7 +23,7 @@ from common.cli import command_line, integer, real
 from common.distributed import pick_device
 from common.files import write_atomically
 from common.images import tile
-from common.speed import prepare_for_sampling, use_fast_attention
+from common.speed import prepare_for_sampling
 from sample import SHIPPED, class_names, output_file, parse_classes
 
 # A page of some 2 MB: noise takes a byte for each pixel, other pictures less.
@@ -68,7 +68,6 @@ def make_sheet(images: Tensor, columns: int, size: int) -> str:
 def main() -> None:
     args = parse_arguments()
     device = pick_device(args.device)
-    use_fast_attention()
     ar = prepare_for_sampling(dar.load_ar(args.ckpt, device))
     if ar.tokenizer is None:
         raise ValueError(
