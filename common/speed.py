@@ -13,12 +13,15 @@ from torch import Tensor, nn
 import dar
 
 
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # a processor's units for products of bfloat16
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware, 2 to 4 times as fast as float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.cpu._is_avx512_bf16_supported() or HAS_AMX
     return False
 
 
@@ -175,8 +178,7 @@ def attend_on_any_device(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = 
     """dar.attend by torch's kernel; or in plain products, where these are 2 to 9 times faster: for
     bfloat16 on a CPU, unless it has AMX and needs no gradient."""
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    has_amx = torch.cpu._is_amx_tile_supported()
-    if not on_cpu or (has_amx and not torch.is_grad_enabled()):
+    if not on_cpu or (HAS_AMX and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     q = q / math.sqrt(dar.HEAD_DIM)
     k = k.transpose(-1, -2).contiguous()
