@@ -154,7 +154,7 @@ def condition_group(s: Tensor | float, num_groups: int, rule: str = "ceil") -> T
     edges = torch.arange(1, num_groups, dtype=s.dtype, device=s.device)
     if rule == "nearest":
         edges = edges - 0.5
-    return torch.bucketize(s, edges / num_groups, right=True)
+    return torch.bucketize(s.contiguous(), edges / num_groups, right=True)
 
 
 def interpolate(x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
