@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import dar
 
-
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # a processor's units for products of bfloat16
 
 
