@@ -83,6 +83,7 @@ def test_signatures_in_a_handout_are_the_codes(exercise):
 # Copies and points
 
 
+@pytest.mark.slow
 def test_a_students_own_command_gives_the_teachers_points(tmp_path):
     copy = tmp_path / "copy"
     run_course(2, "--out", copy)
