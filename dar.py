@@ -1519,7 +1519,7 @@ def read_checkpoint(path: str | Path) -> dict:
         code = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         if code and "weights_only" in str(error):
             raise ValueError(f"{path}: refused, for it holds {code[1]}, which could run") from None
-        raise ValueError(f"{path}: damaged, compressed, or older than torch 1.6") from None
+        raise ValueError(f"{path}: damaged, compressed or of old torch; copy it again") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds a {type(data).__name__}, expected a dict")
     return data
