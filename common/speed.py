@@ -70,6 +70,7 @@ class PackedLinear(nn.Linear):
 
     packed: Tensor | None = None
     packed_from: tuple = ()
+    held: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.can_be_packed(x):
@@ -79,6 +80,7 @@ class PackedLinear(nn.Linear):
         if self.packed_from != version:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
             self.packed_from = version
+            self.held = weight.detach()  # lest another weight be made at its address
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def can_be_packed(self, x: Tensor) -> bool:
@@ -93,7 +95,7 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict:
         """For copy and pickle, which cannot copy oneDNN's tensors."""
-        return without(self.__dict__, "packed", "packed_from")
+        return without(self.__dict__, "packed", "packed_from", "held")
 
 
 # ------------------------------------------------------------------------------

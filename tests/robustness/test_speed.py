@@ -152,6 +152,15 @@ def test_it_can_be_cast_and_back(plain, prepared):
     assert_draw_alike(prepared, plain)
 
 
+def test_rounded_weights_are_used_wherever_they_lie(plain, prepared):
+    """A cast and back may put new weights at the old ones' address."""
+    draw(prepared)
+    for ar in (plain, prepared):
+        ar.bfloat16().float()
+        ar.tokenizer.bfloat16().float()
+    assert_draw_alike(prepared, plain)
+
+
 def test_it_can_be_moved(prepared):
     draw(prepared)
     prepared.to("meta")
