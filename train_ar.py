@@ -35,7 +35,7 @@ from common.cli import command_line, integer, real
 from common.distributed import Processes, start_processes
 from common.files import fill_chunks, fingerprint, read_chunks, write_atomically, write_npy
 from common.images import center_crop, tile, to_float
-from common.plan import ar_cost, needed_bytes, refuse_if_too_large
+from common.plan import ar_cost, refuse_if_too_large
 from common.speed import pick_dtype
 from common.training import (
     RUN_COLUMNS,
@@ -369,9 +369,8 @@ def main() -> int:
         memo = {id(tokenizer): tokenizer}  # which is not copied: it is not trained
         ema = copy.deepcopy(model, memo).requires_grad_(False).eval()
     if device.type == "cuda" and not args.checkpoint_blocks:
-        needed = needed_bytes(model, args.ema, ar_cost(model.config), micro_batch)
         available = torch.cuda.get_device_properties(device).total_memory
-        refuse_if_too_large(needed, available, micro_batch)
+        refuse_if_too_large(model, args.ema, ar_cost(model.config), micro_batch, available)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [

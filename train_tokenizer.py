@@ -34,7 +34,7 @@ from common import frozen
 from common.cli import command_line, integer, real
 from common.distributed import Processes, start_processes
 from common.images import center_crop, center_crops, psnr, shrink, tile, to_float
-from common.plan import needed_bytes, refuse_if_too_large, tokenizer_cost
+from common.plan import refuse_if_too_large, tokenizer_cost
 from common.speed import pick_dtype
 from common.training import (
     RUN_COLUMNS,
@@ -323,7 +323,7 @@ def main() -> int:
     if device.type == "cuda" and not args.checkpoint_blocks:
         cost = tokenizer_cost(config, args.times, args.lpips > 0, args.repa > 0)
         available = torch.cuda.get_device_properties(device).total_memory
-        refuse_if_too_large(needed_bytes(model, True, cost, micro_batch), available, micro_batch)
+        refuse_if_too_large(model, True, cost, micro_batch, available)
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, 0.95), fused=device.type != "mps")
     dtype = pick_dtype(args.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

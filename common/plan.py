@@ -212,10 +212,19 @@ def needed_bytes(model: nn.Module, ema: bool, cost: Cost, micro_batch: int) -> f
     return weights_bytes(model, ema) + 1.1 * micro_batch * cost.saved
 
 
-def refuse_if_too_large(needed: float, available: float, micro_batch: int) -> None:
-    """Raises ValueError if a training does not fit a GPU, before its first step. In bytes."""
-    if needed > available:
-        raise ValueError(
-            f"--micro-batch {micro_batch} needs about {needed / 1e9:.0f} GB, the GPU has "
-            f"{available / 1e9:.0f}; take a smaller one, or --checkpoint-blocks"
-        )
+def refuse_if_too_large(
+    model: nn.Module, ema: bool, cost: Cost, micro_batch: int, available: float
+) -> None:
+    """Raises ValueError, before the first step, if a training does not fit into available bytes;
+    it names the micro-batch that would."""
+    needed = needed_bytes(model, ema, cost, micro_batch)
+    if needed <= available:
+        return
+    smaller = micro_batch // 2
+    while smaller > 0 and needed_bytes(model, ema, cost, smaller) > available:
+        smaller //= 2
+    advice = f"--micro-batch {smaller} fits" if smaller else "try --checkpoint-blocks"
+    raise ValueError(
+        f"--micro-batch {micro_batch} needs about {needed / 1e9:.0f} GB, the GPU has "
+        f"{available / 1e9:.0f}; {advice}"
+    )

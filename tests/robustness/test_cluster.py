@@ -1,7 +1,6 @@
 """What a cluster would stumble over, found without one."""
 
 import argparse
-import contextlib
 import datetime
 import signal
 import subprocess
@@ -17,10 +16,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import dar
 import train_ar
 import train_tokenizer
-from common import frozen, speed
+from common import speed
 from common.cli import command_line
 from common.distributed import Processes, start_processes
-from common.plan import ar_cost, needed_bytes, refuse_if_too_large, tokenizer_cost
+from common.plan import Cost, ar_cost, needed_bytes, refuse_if_too_large, tokenizer_cost
 from common.training import ImageData, wrap_model
 
 
@@ -61,9 +60,13 @@ def test_products_of_a_linear_model_by_hand():
 
 
 def test_what_does_not_fit_is_refused():
-    refuse_if_too_large(needed=70e9, available=80e9, micro_batch=32)
-    with pytest.raises(ValueError, match="--micro-batch 64 needs about 90 GB, the GPU has 80"):
-        refuse_if_too_large(needed=90e9, available=80e9, micro_batch=64)
+    model = torch.nn.Linear(1, 1)
+    cost = Cost(saved=1e9)  # bytes an image; a tenth is added
+    refuse_if_too_large(model, False, cost, 64, available=71e9)
+    with pytest.raises(ValueError, match="--micro-batch 64 needs about 70 GB.*--micro-batch 16"):
+        refuse_if_too_large(model, False, cost, 64, available=20e9)
+    with pytest.raises(ValueError, match="--checkpoint-blocks"):
+        refuse_if_too_large(model, False, cost, 64, available=1e9)
 
 
 def test_processes_wait_for_hours(monkeypatch):
