@@ -182,8 +182,8 @@ def sampling_schedule(num_steps: int, num_groups: int, beta: float, rule: str) -
     """Eq. 8: the S steps that draw a picture; step i begins at s = i/S and ends at (i+1)/S.
     With S = K, the paper's default, each group is used once. S < K skips groups, S > K uses some
     again. Raises ValueError."""
-    if num_steps < 1:
-        raise ValueError(f"{num_steps} sampling steps: expected at least 1")
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"{num_steps} sampling steps: expected an integer, at least 1")
     steps = []
     for i in range(num_steps):
         t = shift_time(i / num_steps, beta)
@@ -587,7 +587,7 @@ class TokenizerConfig:
     """All that shapes a tokenizer; the defaults are the preset "v1". Raises ValueError, naming the
     value, on what cannot be built."""
 
-    image_size: int = 256  # pixels a side that decode() draws when it is given no noise
+    image_size: int = 256  # pixels a side, of what is encoded and, without noise given, decoded
     encoder_patch: int = 16  # pixels a side
     encoder_width: int = 768
     encoder_layers: int = 8
@@ -610,6 +610,7 @@ class TokenizerConfig:
     max_tokens: int = 1024  # rows of the tables of queries and positions; the first N are used
 
     def __post_init__(self):
+        check_types(self)
         for name in ("encoder_width", "decoder_width", "diffusion_width"):
             check_width(name, getattr(self, name))
         for name in ("encoder_patch", "diffusion_patch"):
@@ -636,6 +637,14 @@ class TokenizerConfig:
     def group_size(self) -> int:
         """Tokens in a group, N / K."""
         return self.num_tokens // self.num_groups
+
+
+def check_types(config) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        wanted = int | float if field.type is float else field.type
+        if not isinstance(value, wanted):
+            raise ValueError(f"{field.name} = {value!r}: expected {field.type}")
 
 
 def check_width(name: str, width: int) -> None:
@@ -824,18 +833,22 @@ class SequentialDiffusionTokenizer(nn.Module):
             out["repa"] = repa_features
         return out
 
+    @property
+    def device(self) -> torch.device:
+        return self.quantize.embedding.weight.device
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images float [B, 3, H, W] in [-1, 1] -> tokens int64 [B, N]. Values up to 2 are taken,
-        for what decode() returns is not clamped. Raises ValueError."""
-        check_images(images, self.config.encoder_patch)
+        """Images float [B, 3, H, W] in [-1, 1], H = W = config.image_size -> tokens int64 [B, N].
+        Values up to 2 are taken, for what decode() returns is not clamped. Raises ValueError."""
+        check_images(images, self.config.encoder_patch, self.config.image_size)
         if images.numel() > 0 and not images.abs().max() <= 2:
             raise ValueError(f"images up to {images.abs().max():.4g}: expected pixels in [-1, 1]")
         return self.quantize.nearest_code(self.encoder(images))
 
     def condition(self, codes: Tensor) -> Tensor:
         """Tokens int64 [B, n], n <= N -> z' [B, n, decoder_width]. Raises ValueError."""
-        check_codes("codes", codes, self.config.codebook_size)
+        codes = check_codes("codes", codes, self.config.codebook_size, self.device)
         if codes.shape[1] > self.config.num_tokens:
             raise ValueError(f"{codes.shape[1]} codes: expected at most {self.config.num_tokens}")
         return self.causal_decoder(self.quantize.lookup(codes))
@@ -850,7 +863,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         num_steps, solver: of the flow (chapters 1 and 7). Fewer than N tokens, in whole groups,
         give the preview after the last group (section 5.1, Table 5). Raises ValueError."""
         last = decode_steps(self, codes, noise, num_steps, solver)[-1]
-        if codes.shape[1] < self.config.num_tokens:
+        if last.codes.shape[1] < self.config.num_tokens:
             return last.preview
         return last.x
 
@@ -861,24 +874,35 @@ class SequentialDiffusionTokenizer(nn.Module):
         return torch.stack(last.previews)
 
 
-def check_images(images: Tensor, patch: int) -> None:
+def check_images(images: Tensor, patch: int, size: int | None = None) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = getattr(images, "dtype", type(images).__name__)
         raise ValueError(f"images are {kind}: expected a float tensor in [-1, 1]; u / 127.5 - 1")
     shape = list(images.shape)
+    if size is not None and shape[1:] != [3, size, size]:  # of another size tokens say little
+        raise ValueError(f"images {shape}: expected [B, 3, {size}, {size}]; crop or shrink them")
     if len(shape) != 4 or shape[1] != 3 or 0 in shape[2:] or shape[2] % patch or shape[3] % patch:
         raise ValueError(f"images {shape}: expected [B, 3, H, W], H and W multiples of {patch}")
 
 
-def check_codes(name: str, codes: Tensor, count: int, dims: int = 2) -> None:
-    """Raises ValueError unless codes are an int64 tensor of dims dimensions, 0 ... count - 1."""
-    if not isinstance(codes, Tensor) or codes.dtype != torch.int64 or codes.ndim != dims:
-        kind = getattr(codes, "dtype", type(codes).__name__)
-        shape = list(getattr(codes, "shape", []))
-        raise ValueError(f"{name}: {kind} {shape}, expected an int64 tensor of {dims} dimensions")
+def check_codes(name: str, codes, count: int, device: torch.device, dims: int = 2) -> Tensor:
+    """Codes, a tensor or a list of integers, as an int64 tensor on the device. Raises ValueError
+    unless they are of dims dimensions and 0 ... count - 1."""
+    try:
+        codes = torch.as_tensor(codes, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{name} {codes!r:.60}: expected integers") from None
+    if codes.ndim != dims or codes.numel() > 0 and codes.dtype not in INTEGERS:
+        kind = f"{codes.dtype} {list(codes.shape)}"
+        raise ValueError(f"{name}: {kind}, expected integers in {dims} dimensions")
+    codes = codes.long()
     if codes.numel() > 0 and (codes.min() < 0 or codes.max() >= count):
         low, high = codes.min().item(), codes.max().item()
         raise ValueError(f"{name} from {low} to {high}: expected 0 ... {count - 1}")
+    return codes
+
+
+INTEGERS = torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64
 
 
 def tokenizer_loss(
@@ -964,6 +988,7 @@ class ARConfig:
     dropout: float = 0.1  # on embeddings, attention outputs and MLP outputs, in training
 
     def __post_init__(self):
+        check_types(self)
         check_width("width", self.width)
         if self.layers < 1 or self.vocab_size < 1 or self.num_classes < 1 or self.num_tokens < 1:
             raise ValueError(f"{self}: a number is too small")
@@ -1069,9 +1094,15 @@ class ARTransformer(nn.Module):
     def attach_tokenizer(self, tokenizer: SequentialDiffusionTokenizer | None) -> None:
         """Sets `tokenizer`. Raises ValueError if this model does not write its tokens."""
         if tokenizer is not None:
-            check_same_tokens(self.config, tokenizer.config)
+            check_same_tokens(self, tokenizer)
         # nn.Module would make an assigned module a part of this one, and its weights the Llama's.
         object.__setattr__(self, "tokenizer", tokenizer)
+
+    def _apply(self, function, recurse=True) -> nn.Module:
+        """What to() and its like do to each weight: the tokenizer comes along."""
+        if self.tokenizer is not None:
+            self.tokenizer._apply(function, recurse)
+        return super()._apply(function, recurse)
 
     def embed(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Tokens int64 [B, n], classes int64 [B] -> embeddings [B, 1 + n, C], the class first."""
@@ -1124,11 +1155,16 @@ class ARTransformer(nn.Module):
         return torch.cat(list(groups), 1)
 
 
-def check_same_tokens(ar: ARConfig, tokenizer: TokenizerConfig) -> None:
-    if (ar.vocab_size, ar.num_tokens) != (tokenizer.codebook_size, tokenizer.num_tokens):
+def check_same_tokens(ar: ARTransformer, tokenizer: SequentialDiffusionTokenizer) -> None:
+    a = getattr(ar, "config", None)
+    t = getattr(tokenizer, "config", None)
+    if not isinstance(a, ARConfig) or not isinstance(t, TokenizerConfig):
+        kinds = f"{type(ar).__name__} and {type(tokenizer).__name__}"
+        raise ValueError(f"{kinds}: expected a Llama and a tokenizer, as the load_ functions give")
+    if (a.vocab_size, a.num_tokens) != (t.codebook_size, t.num_tokens):
         raise ValueError(
-            f"a Llama of {ar.vocab_size} codes and {ar.num_tokens} tokens, a tokenizer of "
-            f"{tokenizer.codebook_size} and {tokenizer.num_tokens}: they do not belong together"
+            f"a Llama of {a.vocab_size} codes and {a.num_tokens} tokens, a tokenizer of "
+            f"{t.codebook_size} and {t.num_tokens}: they do not belong together"
         )
 
 
@@ -1221,9 +1257,9 @@ def resolve_seeds(seeds: int | list[int] | None, count: int) -> list[int]:
         return torch.randint(2**31, (count,)).tolist()
     if isinstance(seeds, int):
         seeds = range(seeds, seeds + count)
-    seeds = [int(seed) for seed in seeds]
-    if len(seeds) != count or min(seeds, default=0) < 0 or max(seeds, default=0) >= 2**31:
-        raise ValueError(f"seeds {seeds[:9]}: expected {count} of them, each 0 ... {2**31 - 1}")
+    seeds = check_codes("seeds", seeds, 2**31, torch.device("cpu"), dims=1).tolist()
+    if len(seeds) != count:
+        raise ValueError(f"{len(seeds)} seeds for {count} pictures")
     return seeds
 
 
@@ -1305,25 +1341,29 @@ def generate_groups(
     they do not move the likeliest token. Raises ValueError, at once."""
     c = ar.config
     count = c.num_tokens if num_tokens is None else num_tokens
-    if not 1 <= count <= c.num_tokens:
+    if not isinstance(count, int) or not 1 <= count <= c.num_tokens:
         raise ValueError(f"num_tokens = {count}: expected 1 ... {c.num_tokens}")
-    check_codes("class labels", labels, c.num_classes + 1, dims=1)
-    if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: "
-            "expected > 0, >= 0 and in (0, 1]"
-        )
+    device = ar.output.weight.device
+    labels = check_codes("class labels", labels, c.num_classes + 1, device, dims=1)
+    numbers = isinstance(temperature, int | float) and isinstance(top_p, int | float)
+    if not numbers or not temperature > 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected > 0 and in (0, 1]")
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k = {top_k}: expected an integer, 0 or more")
+    if ar.training and c.dropout > 0:
+        raise ValueError(f"the Llama is in training mode, with dropout {c.dropout}: call eval()")
     if prefix is None:
         prefix = labels.new_empty(len(labels), 0)
+    prefix = torch.as_tensor(prefix, device=device)
     if prefix.ndim == 1:
         prefix = prefix[None]
-    check_codes("prefix tokens", prefix, c.vocab_size)
+    prefix = check_codes("prefix tokens", prefix, c.vocab_size, device)
     if len(prefix) not in (1, len(labels)) or prefix.shape[1] > count:
         shape = list(prefix.shape)
         raise ValueError(
             f"prefix {shape}: expected at most {count} tokens for {len(labels)} pictures"
         )
-    prefix = prefix.to(labels.device).expand(len(labels), -1)  # [B, n]
+    prefix = prefix.expand(len(labels), -1)  # [B, n]
     scales = guidance_schedule(cfg, count)
     seeds = resolve_seeds(seeds, len(labels))
 
@@ -1424,7 +1464,7 @@ def denoise(
 def decode_steps(tokenizer, codes, noise, num_steps, solver) -> list[StreamStep]:
     """decode() and previews(): the flow for tokens that are all there, int64 [B, n]."""
     c = tokenizer.config
-    check_codes("codes", codes, c.codebook_size)
+    codes = check_codes("codes", codes, c.codebook_size, tokenizer.device)
     count = codes.shape[1]
     if len(codes) == 0 or count == 0 or count > c.num_tokens or count % c.group_size != 0:
         raise ValueError(
@@ -1456,14 +1496,15 @@ def stream(
     finished picture, the same as decode(codes, noise). noise: x0, from each picture's seed if None.
     num_steps, solver: denoise's. labels, cfg, seeds and the rest (greedy, prefix, temperature,
     top_k, top_p): generate_groups'. Raises ValueError, at once."""
+    check_same_tokens(ar, tokenizer)
     c = tokenizer.config
-    check_same_tokens(ar.config, c)
-    check_codes("class labels", labels, ar.config.num_classes + 1, dims=1)
+    device = ar.output.weight.device
+    labels = check_codes("class labels", labels, ar.config.num_classes + 1, device, dims=1)
     if len(labels) == 0:
         raise ValueError("no class labels: expected one or more")
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
-        noise = initial_noise(seeds, c.image_size, labels.device)
+        noise = initial_noise(seeds, c.image_size, device)
     check_images(noise, c.diffusion_patch)
     if len(noise) != len(labels):
         raise ValueError(f"noise for {len(noise)} pictures, labels for {len(labels)}")
@@ -1507,9 +1548,8 @@ def read_checkpoint(path: str | Path) -> dict:
     ]
     open(path, "rb").close()  # raises OSError if the file is missing or may not be read
     try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch would map compressed bytes as if they were not
+        # torch would map compressed bytes as if they were not.
+        with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("compressed")
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
@@ -1566,9 +1606,11 @@ def load_tokenizer(path, device="cpu", dtype=None) -> SequentialDiffusionTokeniz
 
 def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens=None) -> ARTransformer:
     """A Llama from our format or the authors', in eval mode, with the tokenizer that its file
-    carries, or that is given. num_tokens: N, which the authors' files do not tell, where no
+    carries, or that is given, as a model or as a file. num_tokens: N, which the authors' files do not tell, where no
     tokenizer tells it (default: 256). Raises OSError, ValueError or FloatingPointError."""
     data = read_checkpoint(path)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer, device, dtype)
     if tokenizer is None and isinstance(data.get("tokenizer"), dict):
         inner = data["tokenizer"]
         tokenizer = load_model(SequentialDiffusionTokenizer, inner, path, device, dtype)
@@ -1587,8 +1629,18 @@ def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens=None) -> 
     return ar
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def load_model(model_class, data: dict, path, device, dtype, num_tokens: int = 256) -> nn.Module:
     """The model in the dict of a file. num_tokens: N of a Llama of the authors'."""
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in [None, *DTYPES.values()]:
+        raise ValueError(f"dtype {dtype}: expected {', '.join(DTYPES)}, or None for the file's")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device {device!r}: expected cpu, cuda, mps or a torch.device") from None
     kind = "ar" if model_class is ARTransformer else "tokenizer"
     if data.get("kind", kind) != kind:
         raise ValueError(f"{path}: holds a model of kind {data['kind']!r:.40}, expected {kind!r}")

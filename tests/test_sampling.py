@@ -166,7 +166,8 @@ def test_at_the_end_of_each_scale_sampling_is_greedy(small_ar, setting):
 @pytest.fixture(scope="module")
 def dice() -> dar.ARTransformer:
     """Fresh, so all logits are 0: its tokens are the random numbers laid bare."""
-    return dar.ARTransformer(dar.ARConfig(64, 1, vocab_size=64, num_classes=10, num_tokens=80))
+    config = dar.ARConfig(64, 1, vocab_size=64, num_classes=10, num_tokens=80)
+    return dar.ARTransformer(config).eval()
 
 
 def test_a_pictures_random_numbers_are_its_seeds(dice):
@@ -416,12 +417,21 @@ def test_each_group_takes_the_picture_a_step_on(small_ar, small_tokenizer, count
         ({"labels": torch.tensor([-1, 3])}, "class labels.*-1"),
         ({"labels": torch.tensor([1.0, 2.0])}, "class labels.*float32"),
         ({"labels": torch.tensor([[1, 2]])}, "class labels"),
+        ({"labels": 3}, "class labels"),
+        ({"labels": ["cat", "dog"]}, "class labels .*cat.*expected integers"),
+        ({"labels": torch.tensor([True, False])}, "class labels.*bool"),
         ({"seeds": [1]}, "seeds"),
+        ({"seeds": [1.5, 2.5]}, "seeds.*expected integers"),
+        ({"seeds": "12"}, "seeds '12'"),
+        ({"seeds": [2**70, 1]}, "seeds"),
+        ({"top_k": 1.0}, "top_k = 1.0"),
+        ({"top_p": "1"}, "top_p 1"),
+        ({"temperature": None}, "temperature None"),
         ({"seeds": -1}, "seeds"),
         ({"seeds": 2**31 - 1}, "seeds"),  # the second would be 2^31
         ({"temperature": 0.0}, "temperature 0"),
         ({"temperature": math.nan}, "temperature nan"),
-        ({"top_k": -1}, "top_k -1"),
+        ({"top_k": -1}, "top_k = -1"),
         ({"top_p": 0.0}, "top_p 0"),
         ({"top_p": 1.5}, "top_p 1.5"),
         ({"prefix": torch.zeros(33, dtype=torch.int64)}, "prefix.*33.*at most 32"),
@@ -441,7 +451,26 @@ def test_what_cannot_be_drawn_is_refused(small_ar, small_tokenizer, call, settin
             dar.stream(small_ar, small_tokenizer, **settings)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 33])
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.IntTensor])
+def test_numbers_come_as_any_list(small_ar, small_tokenizer, kind):
+    labels, prefix, seeds = [3, 7], [1, 2, 3, 4], [5, 6]
+    wanted = small_ar.generate(torch.tensor(labels), prefix=torch.tensor(prefix), seeds=seeds)
+    codes = small_ar.generate(kind(labels), prefix=kind(prefix), seeds=kind(seeds))
+    assert torch.equal(codes, wanted)
+    *_, last = dar.stream(small_ar, small_tokenizer, kind(labels), prefix=prefix, seeds=seeds)
+    assert torch.equal(last.codes, wanted)
+    picture = small_tokenizer.decode(kind(codes.tolist()), noise=torch.zeros(2, 3, 32, 32))
+    assert torch.equal(picture, small_tokenizer.decode(codes, noise=torch.zeros(2, 3, 32, 32)))
+
+
+def test_a_model_that_drops_out_is_refused(make_ar):
+    ar = make_ar(dropout=0.1).train()
+    with pytest.raises(ValueError, match="training mode, with dropout 0.1: call eval"):
+        ar.generate(LABELS)
+    make_ar(dropout=0.0).train().generate(LABELS, num_tokens=2)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 33, 5.0])
 def test_another_number_of_tokens_is_refused(small_ar, num_tokens):
     with pytest.raises(ValueError, match=f"num_tokens = {num_tokens}"):
         dar.generate_groups(small_ar, LABELS, 4, num_tokens)
@@ -454,6 +483,7 @@ def test_another_number_of_tokens_is_refused(small_ar, num_tokens):
         ({"noise": torch.zeros(1, 3, 32, 32)}, "noise for 1 pictures"),
         ({"solver": "heun"}, "'heun'"),
         ({"num_steps": -1}, "-1 sampling steps"),
+        ({"num_steps": 4.0}, "4.0 sampling steps"),
     ],
     ids=str,
 )
@@ -465,3 +495,10 @@ def test_a_flow_that_cannot_be_taken_is_refused(small_ar, small_tokenizer, setti
 def test_a_tokenizer_of_another_model_is_refused(small_ar, make_tokenizer):
     with pytest.raises(ValueError, match="64 .* 50"):
         dar.stream(small_ar, make_tokenizer(codebook_size=50), LABELS)
+
+
+def test_what_is_no_model_is_refused(small_ar, small_tokenizer):
+    with pytest.raises(ValueError, match="ARTransformer and str: expected a Llama and a tokenizer"):
+        dar.stream(small_ar, "tokenizer.pt", LABELS)
+    with pytest.raises(ValueError, match="expected a Llama and a tokenizer"):
+        dar.stream(small_tokenizer, small_ar, LABELS)

@@ -78,6 +78,24 @@ def test_a_dtype_may_be_chosen_on_saving(path, bundle):
     assert_same(loaded.tokenizer, bundle.tokenizer, torch.bfloat16)
 
 
+def test_dtype_device_and_tokenizer_may_be_words(path, tmp_path, bundle):
+    dar.save_checkpoint(path, bundle)
+    dar.save_checkpoint(tmp_path / "tokenizer.pt", bundle.tokenizer)
+    loaded = dar.load_ar(path, "cpu", "bfloat16", str(tmp_path / "tokenizer.pt"))
+    assert loaded.output.weight.dtype == torch.bfloat16
+    assert loaded.tokenizer.device == torch.device("cpu")
+    with pytest.raises(ValueError, match="dtype float99: expected float32, bfloat16, float16"):
+        dar.load_ar(path, dtype="float99")
+    with pytest.raises(ValueError, match="device 'gpu': expected cpu, cuda"):
+        dar.load_ar(path, device="gpu")
+
+
+def test_the_tokenizer_goes_where_its_llama_goes(bundle):
+    bundle.to(torch.bfloat16).to("meta")
+    weight = bundle.tokenizer.diffusion.patch_in.weight
+    assert (weight.dtype, weight.device.type) == (torch.bfloat16, "meta")
+
+
 def test_a_dtype_may_be_chosen_on_loading(path, bundle):
     loaded = dar.load_ar(path, dtype=torch.bfloat16)
     assert_same(loaded, bundle, torch.bfloat16)
@@ -247,7 +265,7 @@ for config in dar.AR_PRESETS.values():
         dar.ARTransformer(config)
 
 released = dar.load_tokenizer({released!r})
-codes = released.encode(torch.zeros(1, 3, 64, 64))
+codes = released.encode(torch.zeros(1, 3, 256, 256))
 assert released.decode(codes, torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
 
 ar = dar.ARTransformer(dar.AR_PRESETS["shapes"])

@@ -42,13 +42,15 @@ def models(monkeypatch):
         assert device == GPU, "another device"
         return [None] * len(seeds)
 
-    def check_codes(name, codes, count, dims=2):
-        assert codes.device == GPU, "another device"
+    def check_codes(name, codes, count, device, dims=2):
+        assert codes.device == device == GPU, "another device"
+        return codes
 
     schedule = dar.sampling_schedule(4, 4, 2.0, "ceil")
     monkeypatch.setattr(dar, "sampling_schedule", lambda *arguments: schedule)
     monkeypatch.setattr(dar, "picture_generators", no_generators)
     monkeypatch.setattr(dar, "check_codes", check_codes)
+    monkeypatch.setattr(dar, "resolve_seeds", lambda seeds, count: [0] * count)
     with torch.device("meta"):  # before the mode, in which weights cannot be initialised
         ar = dar.ARTransformer(dar.ARConfig(128, 1, vocab_size=64, num_tokens=8))
         tokenizer = dar.SequentialDiffusionTokenizer(
