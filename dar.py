@@ -1606,8 +1606,9 @@ def load_tokenizer(path, device="cpu", dtype=None) -> SequentialDiffusionTokeniz
 
 def load_ar(path, device="cpu", dtype=None, tokenizer=None, num_tokens=None) -> ARTransformer:
     """A Llama from our format or the authors', in eval mode, with the tokenizer that its file
-    carries, or that is given, as a model or as a file. num_tokens: N, which the authors' files do not tell, where no
-    tokenizer tells it (default: 256). Raises OSError, ValueError or FloatingPointError."""
+    carries, or that is given, as a model or a path. num_tokens: N, which the authors' files do not
+    tell, where no tokenizer tells it (default: 256). Raises OSError, ValueError or
+    FloatingPointError."""
     data = read_checkpoint(path)
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer, device, dtype)

@@ -32,7 +32,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,6 +39,7 @@ from common.cli import command_line, integer
 from common.distributed import Processes, start_processes
 from common.files import save_npz, write_atomically
 from common.images import list_images, read_image
+from common.threads import Threads, add_threads_option
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -470,13 +470,9 @@ class ImageFolder:
 
 
 def image_shape(path: Path) -> tuple[int, int, int]:
-    """(H, W, 3), from the head of an image file."""
-    with open(path, "rb") as file:
-        try:
-            width, height = Image.open(file).size
-        except Exception as error:  # A damaged file makes decoders fail in every way there is.
-            raise ValueError(f"{path}: not a readable image ({error})") from error
-    return height, width, 3
+    """(H, W, 3) of an image that is whole: decoded, for damage often lies behind the head."""
+    image = read_image(path)
+    return image.height, image.width, 3
 
 
 class ImageArchive:
@@ -688,8 +684,9 @@ def main():
         "--device",
         default="auto",
         choices=["auto", "cpu", "cuda", "mps"],
-        help="default: the fastest",
+        help="auto: a GPU, if there is one",
     )
+    add_threads_option(add)
     add("--save-stats", type=Path, metavar="FILE", help="write the reference's statistics to FILE")
     add("--json", action="store_true", help="print one JSON object instead of five lines")
     args = parser.parse_args()
@@ -708,6 +705,7 @@ def main():
         raise ValueError(f"images differ in size: {shapes}")
 
     processes = start_processes(args.device)
+    Threads(args.threads, processes.device).start(width=512)
     model = None
     if shapes:  # Statistics alone need no network.
         model = processes.first_alone(lambda: load_inception(args.weights))

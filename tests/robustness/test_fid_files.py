@@ -163,6 +163,7 @@ BAD_PICTURES = {
     "empty": lambda path: path.touch(),
     "text": lambda path: path.write_text("no picture"),
     "half a head": lambda path: path.write_bytes(path.with_name("00.png").read_bytes()[:20]),
+    "half a body": lambda path: path.write_bytes(path.with_name("00.png").read_bytes()[:-40]),
     "huge": claim_a_huge_size,
     "another size": lambda path: Image.new("RGB", (20, 16)).save(path),
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
