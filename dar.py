@@ -1104,6 +1104,10 @@ class ARTransformer(nn.Module):
             self.tokenizer._apply(function, recurse)
         return super()._apply(function, recurse)
 
+    @property
+    def device(self) -> torch.device:
+        return self.output.weight.device
+
     def embed(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Tokens int64 [B, n], classes int64 [B] -> embeddings [B, 1 + n, C], the class first."""
         classes = self.cls_embedding(labels)[:, None]
@@ -1158,7 +1162,7 @@ class ARTransformer(nn.Module):
 def check_same_tokens(ar: ARTransformer, tokenizer: SequentialDiffusionTokenizer) -> None:
     a = getattr(ar, "config", None)
     t = getattr(tokenizer, "config", None)
-    if not isinstance(a, ARConfig) or not isinstance(t, TokenizerConfig):
+    if not hasattr(a, "vocab_size") or not hasattr(t, "codebook_size"):
         kinds = f"{type(ar).__name__} and {type(tokenizer).__name__}"
         raise ValueError(f"{kinds}: expected a Llama and a tokenizer, as the load_ functions give")
     if (a.vocab_size, a.num_tokens) != (t.codebook_size, t.num_tokens):
@@ -1343,21 +1347,20 @@ def generate_groups(
     count = c.num_tokens if num_tokens is None else num_tokens
     if not isinstance(count, int) or not 1 <= count <= c.num_tokens:
         raise ValueError(f"num_tokens = {count}: expected 1 ... {c.num_tokens}")
-    device = ar.output.weight.device
-    labels = check_codes("class labels", labels, c.num_classes + 1, device, dims=1)
+    labels = check_codes("class labels", labels, c.num_classes + 1, ar.device, dims=1)
     numbers = isinstance(temperature, int | float) and isinstance(top_p, int | float)
     if not numbers or not temperature > 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}: expected > 0 and in (0, 1]")
     if not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k = {top_k}: expected an integer, 0 or more")
-    if ar.training and c.dropout > 0:
+    if c.dropout > 0 and ar.training:
         raise ValueError(f"the Llama is in training mode, with dropout {c.dropout}: call eval()")
     if prefix is None:
         prefix = labels.new_empty(len(labels), 0)
-    prefix = torch.as_tensor(prefix, device=device)
+    prefix = torch.as_tensor(prefix, device=ar.device)
     if prefix.ndim == 1:
         prefix = prefix[None]
-    prefix = check_codes("prefix tokens", prefix, c.vocab_size, device)
+    prefix = check_codes("prefix tokens", prefix, c.vocab_size, ar.device)
     if len(prefix) not in (1, len(labels)) or prefix.shape[1] > count:
         shape = list(prefix.shape)
         raise ValueError(
@@ -1498,13 +1501,12 @@ def stream(
     top_k, top_p): generate_groups'. Raises ValueError, at once."""
     check_same_tokens(ar, tokenizer)
     c = tokenizer.config
-    device = ar.output.weight.device
-    labels = check_codes("class labels", labels, ar.config.num_classes + 1, device, dims=1)
+    labels = check_codes("class labels", labels, ar.config.num_classes + 1, ar.device, dims=1)
     if len(labels) == 0:
         raise ValueError("no class labels: expected one or more")
     seeds = resolve_seeds(seeds, len(labels))
     if noise is None:
-        noise = initial_noise(seeds, c.image_size, device)
+        noise = initial_noise(seeds, c.image_size, tokenizer.device)
     check_images(noise, c.diffusion_patch)
     if len(noise) != len(labels):
         raise ValueError(f"noise for {len(noise)} pictures, labels for {len(labels)}")

@@ -705,7 +705,7 @@ def main():
         raise ValueError(f"images differ in size: {shapes}")
 
     processes = start_processes(args.device)
-    Threads(args.threads, processes.device).start(width=512)
+    Threads(args.threads, processes.device).start()
     model = None
     if shapes:  # Statistics alone need no network.
         model = processes.first_alone(lambda: load_inception(args.weights))

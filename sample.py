@@ -46,6 +46,7 @@ from common.images import (
     to_uint8,
 )
 from common.speed import pick_dtype, prepare_for_sampling
+from common.threads import Threads, add_threads_option
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "cifar10.pt"
 
@@ -69,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 where fast, else float32")
     add("--device", default="auto", choices=devices, help="auto: a GPU, if there is one")
     add("--compile", action="store_true", help="for many pictures: faster after a minute, on a GPU")
-    add("--threads", type=integer(1, 1024), help="of the CPU, for each process (sets: 1; else all)")
+    add_threads_option(add, "sets: 1; else the fastest number, tried")
     add("--batch", type=integer(1), default=16, help="how many to draw at once (default: 16)")
 
     add = parser.add_argument_group("what is drawn").add_argument
@@ -85,7 +86,10 @@ def parse_arguments() -> argparse.Namespace:
         "last token, or none (default: 4)",
     )
     add(
-        "--temperature", type=real(1e-6), default=1.0, help="below 1, likely tokens become likelier"
+        "--temperature",
+        type=real(1e-6),
+        default=1.0,
+        help="below 1, likely tokens become likelier; above, less likely ones (default: 1)",
     )
     add("--top-k", type=integer(0), default=0, help="draw from the K likeliest tokens (0: all)")
     add(
@@ -100,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
         "--solver",
         default="ab2",
         choices=["ab2", "euler"],
-        help="how the flow steps (ab2, Table 2)",
+        help="how the flow steps: Adams-Bashforth, as the paper (ab2, the default), or Euler",
     )
 
     add = parser.add_argument_group("pictures").add_argument
@@ -290,6 +294,7 @@ def result(ar: dar.ARTransformer, step: dar.StreamStep) -> Tensor:
 def draw_frames(
     ar: dar.ARTransformer,
     args: argparse.Namespace,
+    threads: Threads,
     labels: list[int],
     description: str,
     prefix: Tensor | None = None,
@@ -308,6 +313,7 @@ def draw_frames(
             seeds = list(range(first_seed, first_seed + len(batch)))
             frames = []
             for step in stream(ar, args, batch, seeds, tokens, prefix):
+                threads.look_again()
                 if wants_previews:
                     frames.append(step.preview.cpu())
                 progress.update(len(batch) * group_size)
@@ -320,7 +326,7 @@ def draw_frames(
 # Pictures
 
 
-def draw_pictures(ar: dar.ARTransformer, args: argparse.Namespace) -> None:
+def draw_pictures(ar: dar.ARTransformer, args: argparse.Namespace, threads: Threads) -> None:
     """A grid of pictures, their classes in turn; perhaps their trajectories and the animation."""
     names = class_names(ar)
     classes = parse_classes(args.classes, names)
@@ -330,7 +336,7 @@ def draw_pictures(ar: dar.ARTransformer, args: argparse.Namespace) -> None:
     columns = min(num, 8)
     if len(classes) <= 10 and num % len(classes) == 0:
         columns = len(classes)  # one a class
-    frames = draw_frames(ar, args, labels, "drawing")
+    frames = draw_frames(ar, args, threads, labels, "drawing")
     captions = [caption(names, label) for label in labels]
     save_frames(ar, args, frames, captions, columns)
 
@@ -411,7 +417,7 @@ def save_picture(picture: Image.Image, path: Path, **options) -> None:
 # Layout control
 
 
-def draw_layout(ar: dar.ARTransformer, args: argparse.Namespace) -> None:
+def draw_layout(ar: dar.ARTransformer, args: argparse.Namespace, threads: Threads) -> None:
     """Fig. 6 and 12: a row for each number of kept tokens. It begins with the picture whose tokens
     are kept; each further picture starts from these tokens and has another class."""
     total = ar.config.num_tokens
@@ -433,7 +439,8 @@ def draw_layout(ar: dar.ARTransformer, args: argparse.Namespace) -> None:
     rows = []
     captions = []
     for kept in kept_counts:
-        frames = draw_frames(ar, args, labels, f"{kept} tokens kept", prefix=codes[:, :kept])
+        prefix = codes[:, :kept]
+        frames = draw_frames(ar, args, threads, labels, f"{kept} tokens kept", prefix)
         first = source.cpu().expand(len(frames), 1, -1, -1, -1)
         rows.append(torch.cat((first, frames), 1))
         captions.append(f"{kept} of {total} kept")
@@ -634,8 +641,6 @@ def main() -> None:
     is_set = args.npz is not None or args.folder is not None
     if is_set and args.threads is None:
         args.threads = 1  # Rounding depends on their number, and torchrun would choose another.
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     processes = start_processes(args.device)
     device = processes.device
     dtype = pick_dtype(args.dtype, device)
@@ -643,6 +648,9 @@ def main() -> None:
         raise ValueError("--dtype float16: only on a GPU; use bfloat16 or float32 on a CPU")
     args.device = device.type  # what "auto" was
     args.dtype = str(dtype)
+    threads = Threads(args.threads, device)
+    if not is_set:
+        threads.start()
 
     if args.reconstruct is not None:
         reconstruct(args, processes, dtype)
@@ -653,9 +661,9 @@ def main() -> None:
     if is_set:
         draw_set(ar, args, processes)
     elif args.prefix_image is not None or args.prefix_class is not None:
-        draw_layout(ar, args)
+        draw_layout(ar, args, threads)
     else:
-        draw_pictures(ar, args)
+        draw_pictures(ar, args, threads)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,12 +32,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dar
-from common.cli import command_line, integer, real
+from common.cli import command_line, integer, real, say
 from common.distributed import Processes, start_processes
-from common.files import fill_chunks, fingerprint, read_chunks, write_atomically, write_npy
+from common.files import (
+    fill_chunks,
+    fingerprint,
+    lock_folder,
+    read_chunks,
+    write_atomically,
+    write_npy,
+)
 from common.images import center_crop, tile, to_float
 from common.plan import ar_cost, refuse_if_too_large
 from common.speed import pick_dtype
+from common.threads import Threads
 from common.training import (
     RUN_COLUMNS,
     ImageData,
@@ -50,10 +59,13 @@ from common.training import (
     clip_gradients,
     count_workers,
     data_index,
+    describe_recipe,
     divide_batch,
     fill_in,
+    fill_in_warmups,
     is_due,
     iterate_batches,
+    refuse_other_shape,
     resume_run,
     run_row,
     sample_numbers,
@@ -61,6 +73,7 @@ from common.training import (
     save_run,
     say_goodbye,
     sync_gradients,
+    will_resume,
     wrap_model,
 )
 
@@ -103,7 +116,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_arguments(parser)
     add = parser.add_argument
-    add("--preset", default="tiny", choices=list(RECIPES), help="model and recipe (default: tiny)")
+    add(
+        "--preset",
+        default="cifar10",
+        choices=list(RECIPES),
+        help="model and recipe (default: cifar10)",
+    )
     add("--tokenizer", help="checkpoint of a trained tokenizer, or of a Llama that carries one")
     add("--epochs", type=real(1e-6), help="passes over the data, without --steps (the recipe's)")
     add("--width", type=integer(1), help="instead of the preset's")
@@ -111,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--weight-decay", type=real(0), default=0.05, help="on matrices only (default: 0.05)")
     add("--dropout", type=real(0, 1), help="on embeddings, attention and MLP (the recipe's)")
     add("--class-dropout", type=real(0, 1), default=0.1, help="share without class (default: 0.1)")
-    add("--init", help="start from the weights of this Llama, of the same shape")
+    add("--init", help="start from the weights of this Llama; its classes may be others")
     add("--ema", action="store_true", help="also average the weights, and sample from the average")
     add("--on-the-fly", action="store_true", help="tokenize at every step instead of once")
     add("--cfg", type=float, nargs="+", default=[4.0], help="guidance of the pictures (default: 4)")
@@ -203,8 +221,13 @@ def tokenize(
     done = (folder / "sources.npy").exists()
     fill_chunks(folder, settings, 0 if done else num_chunks, compute, processes, "tokenizing")
     processes.first_alone(join)
-    codes = np.load(folder / "codes.npy", mmap_mode="r")
-    sources = np.load(folder / "sources.npy")
+    try:
+        codes = np.load(folder / "codes.npy", mmap_mode="r")
+        sources = np.load(folder / "sources.npy")
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{folder}: damaged codes ({error}); remove the folder") from None
+    if len(codes) != len(data) or len(sources) != len(data):
+        raise ValueError(f"{folder}: {len(codes)} codes of {len(data)} images; remove the folder")
     data.refuse_if_corrupt(int((sources != np.arange(len(data))).sum()), len(data))
     return codes, sources
 
@@ -317,8 +340,9 @@ def draw_dropped(seed: int, step: int, batch: int, class_dropout: float) -> Tens
 def build_model(
     args: argparse.Namespace, tokenizer: dar.SequentialDiffusionTokenizer, class_names: list[str]
 ) -> dar.ARTransformer:
-    """A Llama for the tokenizer's codes, fresh or with --init's weights. Raises ValueError naming a
-    field in which --init's differs."""
+    """A Llama for the tokenizer's codes, fresh or with --init's weights; of another number of
+    classes each starts as "no class" was. Raises ValueError naming the fields in which --init's
+    differs otherwise."""
     torch.manual_seed(args.seed)
     preset = dar.AR_PRESETS[args.preset]
     config = dar.ARConfig(
@@ -330,13 +354,19 @@ def build_model(
         dropout=args.dropout,
     )
     model = dar.ARTransformer(config)
-    if args.init:
+    if args.init and not will_resume(args):
         source = dar.load_ar(args.init, dtype=torch.float32)
-        for name, value in dataclasses.asdict(config).items():
-            before = getattr(source.config, name)
-            if before != value and name != "dropout":
-                raise ValueError(f"--init {args.init}: has {name} = {before}, this run {value}")
-        model.load_state_dict(source.state_dict())
+        refuse_other_shape(args.init, source.config, config, free=("dropout", "num_classes"))
+        weights = source.state_dict()
+        before = source.config.num_classes
+        if before != config.num_classes:
+            no_class = weights["cls_embedding.weight"][-1:]
+            weights["cls_embedding.weight"] = no_class.repeat(config.num_classes + 1, 1)
+            say(
+                f"--init {args.init}: has {before} classes, this run {config.num_classes}: each "
+                'starts as its "no class"'
+            )
+        model.load_state_dict(weights)
     model.class_names = class_names
     model.attach_tokenizer(tokenizer)
     return model
@@ -362,6 +392,7 @@ def main() -> int:
         raise ValueError(f"--val {args.val}: its classes are not those of {args.data}")
     if args.steps is None:
         args.steps = max(1, int(args.epochs * len(data) / args.batch))
+    fill_in_warmups(args, RECIPES[args.preset])
 
     model = build_model(args, tokenizer, data.class_names).to(device)
     ema = None
@@ -387,15 +418,24 @@ def main() -> int:
     settings = {f"model {name}": value for name, value in dataclasses.asdict(model.config).items()}
     settings |= {"data": data.digest, "tokenizer": fingerprint([tokenizer])}
     settings |= {"seed": args.seed, "batch": args.batch, "ema": args.ema}
-    settings |= {"class_dropout": args.class_dropout, "init": args.init}
+    settings["class_dropout"] = args.class_dropout
+    settings["init"] = args.init and os.path.normpath(args.init)
     state = State(LossScaler(dtype == torch.float16))
     state.sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts steps
+    if rank == 0:
+        lock_folder(folder)
     if args.resume == "auto":
         resume_run(folder, state, settings, model, ema, optimizer)
+    processes.refuse_if_different(step=state.step, classes=data.class_names, settings=settings)
     columns = ["step", *names, *RUN_COLUMNS]
     columns += ["val_loss", "val_shuffled", "unigram", "unigram_by_position"]
     columns += [f"val_group_{k}" for k in range(tokenizer.config.num_groups)]
     log = Log(folder, columns, state, processes)
+    for found in filter(None, (data, val)):
+        say(found.describe())
+    say(describe_recipe(args))
+    threads = Threads(args.threads, device, again=not args.compile)
+    threads.start(model.config.width, state.threads)
 
     # Tokenizing may take hours. What cannot work has been refused by now.
     if args.on_the_fly:
@@ -423,6 +463,7 @@ def main() -> int:
     log.restart_clock(state.step)
 
     for step in steps:
+        threads.look_again()
         model.train()
         # Dropout's: a step that is taken again after resuming draws the same numbers.
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
@@ -479,8 +520,8 @@ def main() -> int:
             log.write(row)
             log.restart_clock(state.step)
             state.sums.zero_()
-        if rank == 0 and (stop or is_due(step, args.save_every, args.steps)):
-            keep_copy = args.keep_every > 0 and state.step % args.keep_every == 0
+        keep_copy = args.keep_every > 0 and state.step % args.keep_every == 0
+        if rank == 0 and (stop or keep_copy or is_due(step, args.save_every, args.steps)):
             save_run(folder, state, settings, model, ema, optimizer, keep_copy)
         if stop:
             break
@@ -488,7 +529,7 @@ def main() -> int:
     bar.close()
     processes.barrier()  # nobody leaves while process 0 may still be saving
     following = ["sample.py", "--ckpt", str(folder / "last.pt")]
-    return say_goodbye(state, stop, rank, folder, following)
+    return say_goodbye(state, stop, args, following)
 
 
 if __name__ == "__main__":

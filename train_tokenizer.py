@@ -21,6 +21,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,13 @@ from tqdm import tqdm
 
 import dar
 from common import frozen
-from common.cli import command_line, integer, real
+from common.cli import command_line, integer, real, say
 from common.distributed import Processes, start_processes
+from common.files import lock_folder
 from common.images import center_crop, center_crops, psnr, shrink, tile, to_float
 from common.plan import refuse_if_too_large, tokenizer_cost
 from common.speed import pick_dtype
+from common.threads import Threads
 from common.training import (
     RUN_COLUMNS,
     ImageData,
@@ -48,16 +51,21 @@ from common.training import (
     all_reduce_stats,
     clip_gradients,
     count_workers,
+    describe_recipe,
     divide_batch,
     fill_in,
+    fill_in_warmups,
     is_due,
     iterate_batches,
+    refuse_other_shape,
     resume_run,
     run_row,
     sample_numbers,
     save_run,
+    saved_setting,
     say_goodbye,
     sync_gradients,
+    will_resume,
     wrap_model,
 )
 
@@ -104,13 +112,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_arguments(parser)
     add = parser.add_argument
-    add("--preset", default="tiny", choices=list(RECIPES), help="model and recipe (default: tiny)")
+    add(
+        "--preset",
+        default="cifar10",
+        choices=list(RECIPES),
+        help="model and recipe (default: cifar10)",
+    )
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="change the preset's fields")
     add("--times", type=integer(1), help="diffusion times for each encoded image (the recipe's)")
     add(
         "--codebook-warmup",
         type=integer(0),
-        help="steps before tokens are quantized (the recipe's)",
+        help="steps before tokens are quantized (the recipe's, but at most a tenth of --steps)",
     )
     add("--decay", type=real(0, 1), help="last share of the steps, over which the rate falls to 0")
     add("--no-flip", action="store_true", help="do not mirror images at random")
@@ -160,18 +173,15 @@ SHAPELESS = (
 def build_model(
     args: argparse.Namespace, config: dar.TokenizerConfig
 ) -> dar.SequentialDiffusionTokenizer:
-    """A fresh tokenizer, or one with --init's weights. Raises ValueError naming a field that shapes
-    the weights and differs."""
+    """A fresh tokenizer, or one with --init's weights. Raises ValueError naming the fields that
+    shape the weights and differ."""
     torch.manual_seed(args.seed)
     model = dar.SequentialDiffusionTokenizer(config)
     if config.repa_layer is not None and not args.repa:
         model.diffusion.repa_head.requires_grad_(False)
-    if args.init:
+    if args.init and not will_resume(args):
         source = dar.load_tokenizer(args.init, dtype=torch.float32)
-        for name, value in dataclasses.asdict(config).items():
-            before = getattr(source.config, name)
-            if before != value and name not in SHAPELESS:
-                raise ValueError(f"--init {args.init}: has {name} = {before}, this run {value}")
+        refuse_other_shape(args.init, source.config, config, SHAPELESS)
         model.load_state_dict(source.state_dict())
     return model
 
@@ -296,6 +306,8 @@ def main() -> int:
     if args.init:
         recipe["codebook_warmup"] = 0  # its codebook is good
     fill_in(args, recipe)
+    is_given = args.codebook_warmup is not None
+    fill_in_warmups(args, recipe)
     config = build_config(args)
     processes = start_processes(args.device)
     device, rank, world = processes
@@ -330,20 +342,31 @@ def main() -> int:
 
     # Go on where the run in --out stopped, if it is the same run.
     folder = Path(args.out)
+    if args.resume == "auto" and not is_given:  # a longer run's would be another
+        args.codebook_warmup = saved_setting(folder, "codebook_warmup", args.codebook_warmup)
     names = ["loss", "fm", "vq", "commit"]
     names += ["lpips"] if args.lpips else []
     names += ["repa"] if args.repa else []
     names += ["grad_norm"]
     settings = {f"model {name}": value for name, value in dataclasses.asdict(config).items()}
     settings |= {"data": data.digest, "seed": args.seed, "batch": args.batch, "ema": True}
-    for name in ("times", "no_flip", "lpips", "repa", "codebook_warmup", "init"):
+    for name in ("times", "no_flip", "lpips", "repa", "codebook_warmup"):
         settings[name] = getattr(args, name)
+    settings["init"] = args.init and os.path.normpath(args.init)
     state = State(LossScaler(dtype == torch.float16))
     state.sums = torch.zeros(len(names) + 1, dtype=torch.float64)  # the last one counts steps
+    if rank == 0:
+        lock_folder(folder)
     if args.resume == "auto":
         resume_run(folder, state, settings, model, ema, optimizer)
+    processes.refuse_if_different(step=state.step, classes=data.class_names, settings=settings)
     columns = ["step", *names, *RUN_COLUMNS, "code_use", "val_psnr", "val_code_use"]
     log = Log(folder, columns, state, processes)
+    for found in filter(None, (data, val)):
+        say(found.describe())
+    say(describe_recipe(args))
+    threads = Threads(args.threads, device, again=not args.compile)
+    threads.start(config.diffusion_width, state.threads)
 
     parallel = wrap_model(model, args, processes)
     crop = functools.partial(random_crop, size=config.image_size, flip=not args.no_flip)
@@ -358,6 +381,7 @@ def main() -> int:
     bar = tqdm(total=args.steps, initial=state.step, disable=rank > 0, unit="step")
 
     for step in steps:
+        threads.look_again()
         if step == args.codebook_warmup and args.codebook_warmup > 0:
             start_codebook(model, ema, samples, step * args.batch, device)
 
@@ -431,8 +455,8 @@ def main() -> int:
             log.restart_clock(state.step)
             state.sums.zero_()
             used.zero_()
-        if rank == 0 and (stop or is_due(step, args.save_every, args.steps)):
-            keep_copy = args.keep_every > 0 and state.step % args.keep_every == 0
+        keep_copy = args.keep_every > 0 and state.step % args.keep_every == 0
+        if rank == 0 and (stop or keep_copy or is_due(step, args.save_every, args.steps)):
             save_run(folder, state, settings, model, ema, optimizer, keep_copy)
         if stop:
             break
@@ -442,7 +466,7 @@ def main() -> int:
     following = ["train_ar.py", "--data", args.data, "--tokenizer", str(folder / "last.pt")]
     following += ["--preset", args.preset if args.preset in dar.AR_PRESETS else "XL"]
     following += ["--out", f"{folder}-ar"]
-    return say_goodbye(state, stop, rank, folder, following)
+    return say_goodbye(state, stop, args, following)
 
 
 if __name__ == "__main__":

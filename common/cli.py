@@ -3,10 +3,12 @@
 import argparse
 import math
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 
 import torch
+from tqdm import tqdm
 
 
 def integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[str], int]:
@@ -39,11 +41,18 @@ def real(minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
     return parse
 
 
+def say(message: str) -> None:
+    """One line on stderr, from process 0 alone; a progress bar gives way."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(message, file=sys.stderr)
+
+
 def command_line(main: Callable[[], int | None]) -> None:
     """Runs main() and exits with its code, or with one line and a code of ours: 2 for a mistake, 3
     for what is not finite, 130 for Ctrl-C. Anything else is an error of the program, with
     traceback.
     """
+    code = 1
     try:
         code = main()
     except KeyboardInterrupt:
@@ -52,20 +61,34 @@ def command_line(main: Callable[[], int | None]) -> None:
         code = leave(f"error: {error}", 3)
     except (ValueError, OSError) as error:
         code = leave(f"error: {error}", 2)
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+    except (RuntimeError, MemoryError) as error:
+        reason = explain(error)
+        if reason is None:
             raise
-        reason = str(error).splitlines()[0]
-        code = leave(f"error: torch.compile: {reason}; or leave out --compile", 2)
+        code = leave(f"error: {reason}", 2)
     else:
         # Only here: after an error, NCCL would wait for what the other processes never send.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    finally:
+        # A data loader's workers ignore SIGTERM, by which Python would end them.
+        for worker in multiprocessing.active_children() if code else []:
+            worker.kill()
     sys.exit(code)
+
+
+def explain(error: Exception) -> str | None:
+    """What a user can do about it; None if it is an error of the program."""
+    line = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
+        return "out of memory; take a smaller batch (in a training: --micro-batch)"
+    if "DataLoader worker" in line or "with the workers" in line:  # killed; no files are left
+        return f"a process that prepares images failed: {line}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile: {line}; or leave out --compile"
+    return None
 
 
 def leave(message: str, code: int) -> int:
     print(" ".join(message.split()), file=sys.stderr)
-    for worker in multiprocessing.active_children():  # of a data loader; they ignore SIGTERM
-        worker.kill()
     return code

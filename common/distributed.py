@@ -1,6 +1,7 @@
 """Devices, and the processes that torchrun starts, one for each GPU."""
 
 import datetime
+import hashlib
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -63,6 +64,17 @@ class Processes(NamedTuple):
             result = action()
         return result
 
+    def refuse_if_different(self, **values) -> None:
+        """Raises ValueError in all processes if one has another value: it sees other folders."""
+        for name, value in values.items():
+            digest = hashlib.sha256(repr(value).encode()).hexdigest()
+            number = torch.tensor(int(digest[:12], 16), dtype=torch.float64)
+            if self.all_reduce(number, "MIN") != self.all_reduce(number, "MAX"):
+                raise ValueError(
+                    f"process {self.rank} has {name} = {value!r:.80}, another process has another: "
+                    "all must see the same --data and --out"
+                )
+
 
 def start_processes(device_name: str) -> Processes:
     """Joins torchrun's processes, if there are any; each takes a GPU of its own. Raises
@@ -78,6 +90,7 @@ def start_processes(device_name: str) -> Processes:
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, timeout=patience)
-    except ValueError as error:
-        raise ValueError(f"WORLD_SIZE is set, as torchrun does, but {error}") from None
+    except (ValueError, RuntimeError) as error:  # a port in use, a host that is not found
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"WORLD_SIZE is set, as torchrun does, but {reason}") from None
     return Processes(device, dist.get_rank(), dist.get_world_size())

@@ -15,6 +15,11 @@ from tqdm import tqdm
 
 from common.distributed import Processes
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Calls write(PATH.tmp), flushes that to the disk and renames it to path, which therefore is
@@ -31,6 +36,24 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+LOCKS = []  # files that are open as long as the process lives
+
+
+def lock_folder(folder: Path) -> None:
+    """Makes the folder this process's own until it ends. Raises ValueError if it is another's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or any(file.name == str(folder / "lock") for file in LOCKS):
+        return
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder}: another process trains there; take another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    LOCKS.append(file)
 
 
 # Work on many images is cut into chunks. Each is a file of its own in a folder, numbers count them,

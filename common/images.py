@@ -64,6 +64,8 @@ def read_image(path: str | Path) -> Image.Image:
     with open(path, "rb") as file:
         try:
             return to_rgb(Image.open(file))
+        except MemoryError:  # which says nothing of the file
+            raise
         except Exception as error:  # A damaged file makes decoders fail in every way there is.
             raise ValueError(f"{path}: not a readable image ({error})") from error
 
@@ -139,10 +141,17 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
     return -10 * error.square().flatten(1).mean(1).log10()
 
 
-def tile(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """Float images [n, 3, H, W] in [-1, 1] -> one picture, row by row, on white that shows for
-    `gap` pixels around each. The last row need not be full.
+def tile(images: Tensor, columns: int, gap: int = 2, zoom: int | None = None) -> Image.Image:
+    """Images [n, 3, H, W], uint8 or float in [-1, 1] -> one picture, row by row, on white that
+    shows for `gap` pixels around each. The last row need not be full. A pixel becomes zoom x zoom;
+    by default, images of fewer than 96 pixels are enlarged to about that, or screens would blur
+    them.
     """
+    if images.dtype == torch.uint8:
+        images = to_float(images)
+    if zoom is None:
+        zoom = max(1, 96 // images.shape[3])
+    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     height, width = images.shape[2:]
     rows = math.ceil(len(images) / columns)
     canvas_height = rows * (height + gap) + gap

@@ -10,7 +10,9 @@ optimizer's moments, the loss scale, the step's number, and what the log needs. 
 of a random generator, because none outlives a step: what is random in a sample comes from new
 generators seeded with the sample's number, and what is random in a step from one seeded with the
 step's. So step 1000 draws the same numbers before and after a kill, with one process or with
-sixteen.
+sixteen. One thing is no part of this: the number of threads, by which sums are rounded. It is
+saved, and a run goes on with it, but while other programs come and go it changes
+(common/threads.py); --threads fixes it.
 """
 
 import argparse
@@ -35,11 +37,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import dar
-from common.cli import integer, real
+from common.cli import integer, real, say
 from common.distributed import Processes
 from common.files import write_atomically
 from common.images import list_images, read_image
 from common.speed import quiet_compile, use_fast_attention
+from common.threads import add_threads_option
 
 # ------------------------------------------------------------------------------
 # Data
@@ -73,10 +76,13 @@ def draw_shape(index: int, size: int) -> Image.Image:
     return image.resize((size, size), Image.BOX)
 
 
+SPLITS = {"train", "val", "valid", "validation", "test"}  # whose parent is no dataset
+
+
 class ImageData:
     """Labelled images: a folder with one sub-folder a class, or the word "shapes" (draw_shape).
-    labels: int64 [n]. digest: of the list of files. Raises OSError or ValueError if there is
-    nothing to train on."""
+    labels: int64 [n]. digest: how many images, and a hash of their names and of the sizes of a
+    thousand files. Raises OSError or ValueError if there is nothing to train on."""
 
     def __init__(self, source: str, size: int, held_out: bool = False):
         self.source = source
@@ -93,13 +99,29 @@ class ImageData:
                 raise ValueError(f"{source}/{name}: expected a sub-folder for each class")
         # One array of bytes, which worker processes share; a list of strings they would copy.
         self.names = np.array([os.fsencode(name) for name in names])
-        self.digest = hashlib.sha256(b"\0".join(self.names)).hexdigest()[:16]
+        # Other pictures often have the same names. All sizes would take long on a network disk.
+        sizes = [file_size(os.path.join(source, name)) for name in names[:: len(names) // 1000 + 1]]
+        digest = hashlib.sha256(b"\0".join(self.names) + repr(sizes).encode()).hexdigest()
+        self.digest = f"{len(names)} images, {digest[:8]}"
         folders = [name.split("/")[0] for name in names]
         classes, self.labels = np.unique(folders, return_inverse=True)
         self.class_names = classes.tolist()
+        if "train" in classes and SPLITS.issuperset(classes):
+            raise ValueError(
+                f"{source}: {', '.join(classes)} are no classes; take one, as {source}/train"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def describe(self) -> str:
+        """What was found, in a line."""
+        drawn = "drawn " if self.source == "shapes" else ""
+        names = self.class_names
+        classes = f"{len(names)} classes, {names[0]} ... {names[-1]}"
+        if len(names) == 1:
+            classes = f"one class, {names[0]}"
+        return f"{self.source}: {len(self)} {drawn}images in {classes}"
 
     def image(self, index: int) -> Image.Image:
         """Image `index` in RGB. Raises ValueError or OSError if its file cannot be read."""
@@ -121,6 +143,13 @@ class ImageData:
         """Raises ValueError if over 1% of the images were unreadable: that is no accident."""
         if unreadable > 0.01 * max(read, len(self)):
             raise ValueError(f"{self.source}: {unreadable} unreadable images, over 1%")
+
+
+def file_size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # whoever reads it will say so
+        return 0
 
 
 # Step n of batch size B takes the samples number n·B ... n·B + B - 1, for any number of processes.
@@ -185,17 +214,28 @@ def iterate_batches(
         pin_memory=pin,
         generator=torch.Generator(),  # it draws when it starts: not from the generator of dropout
     )
-    for images, labels, positions, corrupt in loader:
-        images = images.to(device, non_blocking=pin)
-        labels = labels.to(device, non_blocking=pin)
-        yield images, labels, positions, int(corrupt.sum())
+    try:
+        for images, labels, positions, corrupt in loader:
+            images = images.to(device, non_blocking=pin)
+            labels = labels.to(device, non_blocking=pin)
+            yield images, labels, positions, int(corrupt.sum())
+    except Exception as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[-1]  # after the worker's traceback
+        raise OSError(f"a process that prepares images failed: {reason}") from None
+
+
+# Ctrl-C; a closed terminal; what schedulers send. Windows has two of them.
+NAMES = "SIGINT", "SIGHUP", "SIGUSR1", "SIGTERM"
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """Schedulers and Ctrl-C signal all processes at once, but only the training itself answers: it
     still needs its workers to finish the step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def count_workers(image_size: int) -> int:
@@ -221,14 +261,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=integer(1), help="optimisation steps (default: the recipe's)")
     add("--batch", type=integer(1), help="images a step, over all processes (the recipe's)")
     add("--micro-batch", type=integer(1), help="images a process takes at once (the recipe's)")
-    add("--lr", type=real(0), help="learning rate (default: the recipe's)")
-    add("--warmup", type=integer(0), help="steps over which the rate rises (the recipe's)")
+    add("--lr", type=real(1e-12), help="learning rate (default: the recipe's)")
+    add(
+        "--warmup",
+        type=integer(0),
+        help="steps over which the rate rises (the recipe's, but at most a tenth of --steps)",
+    )
     add("--clip", type=real(0), default=1.0, help="largest gradient norm; 0: any (default: 1)")
     add("--seed", type=integer(0), default=0, help="of all that is random (default: 0)")
-    add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of products in training (auto: bfloat16 where fast, else float32)",
+    )
     add("--compile", action="store_true", help="torch.compile the model")
     add("--checkpoint-blocks", action="store_true", help="less memory, more time: recompute")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda", "mps"],
+        help="auto: a GPU, if there is one",
+    )
+    add_threads_option(add)
     add("--workers", type=integer(0, 256), help="processes that decode images (default: up to 8)")
     add("--log-every", type=integer(1), default=50, help="steps between rows of log.csv (50)")
     add("--picture-every", type=integer(1), help="steps between pictures (default: the recipe's)")
@@ -237,15 +292,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", default="auto", choices=["auto", "never"], help="never: start anew in --out")
 
 
+WARMUPS = ("warmup", "codebook_warmup")
+
+
 def fill_in(args: argparse.Namespace, recipe: dict) -> None:
-    """Gives the recipe's values to the arguments that are None. Raises ValueError if one that the
-    user must give is missing."""
+    """Gives the recipe's values to the arguments that are None, but warm-ups. Raises ValueError if
+    one that the user must give is missing, or if the run would lie among its images."""
     for name in ("data", "out"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing; --help lists all arguments")
+    for folder in (args.data, args.val):
+        if folder in (None, "shapes"):
+            continue
+        if Path(args.out).resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"--out {args.out}: lies inside {folder}, where it would be a class")
     for name, value in recipe.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and name not in WARMUPS:
             setattr(args, name, value)
+
+
+def fill_in_warmups(args: argparse.Namespace, recipe: dict) -> None:
+    """The recipe's warm-ups, but at most a tenth of the run: what is shorter than its warm-up
+    learns nothing. Raises ValueError if the user's own is not shorter than the run."""
+    for name in WARMUPS:
+        if name not in recipe:
+            continue
+        steps = getattr(args, name)
+        if steps is None:
+            setattr(args, name, min(recipe[name], args.steps // 10))
+        elif steps >= args.steps:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} {steps}: the run has only {args.steps} steps")
+
+
+def describe_recipe(args: argparse.Namespace) -> str:
+    """What the training will do, in a line."""
+    line = f"{args.steps} steps of {args.batch} images, rate {args.lr:g}"
+    if args.warmup > 0:
+        line += f", warm-up {args.warmup} steps"
+    if getattr(args, "codebook_warmup", 0) > 0:
+        line += f", codebook warm-up {args.codebook_warmup} steps"
+    return line
 
 
 def divide_batch(args: argparse.Namespace, world: int) -> tuple[int, int]:
@@ -269,6 +356,18 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 # ------------------------------------------------------------------------------
 # The model in training
+
+
+def refuse_other_shape(file: str, before, now, free: tuple[str, ...]) -> None:
+    """Raises ValueError naming the fields in which the config of --init's file differs from this
+    run's, but for those that are free to."""
+    differences = []
+    for name, value in dataclasses.asdict(now).items():
+        old = getattr(before, name)
+        if old != value and name not in free:
+            differences.append(f"{name} = {old}, this run {value}")
+    if differences:
+        raise ValueError(f"--init {file}: has {'; '.join(differences)}")
 
 
 def wrap_model(model: nn.Module, args: argparse.Namespace, processes: Processes) -> nn.Module:
@@ -351,13 +450,16 @@ class LossScaler:
 
 
 class StopSignal:
-    """SIGTERM, as schedulers send it, and Ctrl-C stop a training after its step, saved. `number` is
-    the signal that came to this process, 0 if none did. A second Ctrl-C stops at once."""
+    """SIGTERM or SIGUSR1, as schedulers send them, SIGHUP of a closed terminal, and Ctrl-C stop a
+    training after its step, saved. `number` is the signal that came to this process, 0 if none did.
+    A second Ctrl-C stops at once."""
 
     def __init__(self):
         self.number = 0
-        signal.signal(signal.SIGTERM, self.remember)
-        signal.signal(signal.SIGINT, self.remember)
+        for number in STOP_SIGNALS:
+            by_nohup = signal.getsignal(number) == signal.SIG_IGN and number != signal.SIGINT
+            if not by_nohup:
+                signal.signal(number, self.remember)
 
     def remember(self, number: int, frame) -> None:
         by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it sends every Ctrl-C twice
@@ -371,16 +473,16 @@ def all_reduce_stats(
 ) -> tuple[list[float], int, int]:
     """A step's one message to the other processes: the means of the losses [n], the sum of the
     corrupt files, and a signal that came to any of them, so that all stop after the same step."""
-    terminated = signal_number == signal.SIGTERM
-    interrupted = signal_number == signal.SIGINT
-    message = losses.new_tensor([unreadable, terminated, interrupted])
+    came = [signal_number == number for number in STOP_SIGNALS]
+    message = losses.new_tensor([unreadable, *came])
     message = torch.cat((losses / processes.world, message))
-    *means, unreadable, terminated, interrupted = processes.all_reduce(message).tolist()
+    total = processes.all_reduce(message).tolist()
+    means = total[: len(losses)]
+    unreadable, *came = total[len(losses) :]
     agreed = 0
-    if interrupted:
-        agreed = signal.SIGINT
-    if terminated:
-        agreed = signal.SIGTERM
+    for number, count in zip(STOP_SIGNALS, came):
+        if count > 0:
+            agreed = number
     return means, int(unreadable), agreed
 
 
@@ -396,6 +498,7 @@ class State:
     step: int = 0  # steps that are done
     unreadable: int = 0  # corrupt files that were met
     sums: Tensor | None = None  # float64, of the losses since the last row of the log
+    threads: int | None = None  # of the CPU, that it was saved with
 
 
 def save_run(folder: Path, state: State, settings: dict, model, ema, optimizer, keep: bool) -> None:
@@ -406,6 +509,7 @@ def save_run(folder: Path, state: State, settings: dict, model, ema, optimizer, 
         "step": state.step,
         "unreadable": state.unreadable,
         "sums": state.sums,
+        "threads": torch.get_num_threads(),
         "optimizer": optimizer.state_dict(),
         "scaler": dataclasses.asdict(state.scaler),
     }
@@ -414,6 +518,11 @@ def save_run(folder: Path, state: State, settings: dict, model, ema, optimizer, 
         write_atomically(path, lambda file: dar.save_checkpoint(file, model, ema, training))
     path = folder / "last.pt"
     write_atomically(path, lambda file: dar.save_checkpoint(file, model, ema, training))
+
+
+def will_resume(args: argparse.Namespace) -> bool:
+    """Whether resume_run will find all weights, so that --init may be gone."""
+    return args.resume == "auto" and Path(args.out, "last.pt").exists()
 
 
 def resume_run(folder: Path, state: State, settings: dict, model, ema, optimizer) -> None:
@@ -447,6 +556,15 @@ def resume_run(folder: Path, state: State, settings: dict, model, ema, optimizer
     state.step = training["step"]
     state.unreadable = training["unreadable"]
     state.sums = training["sums"]
+    state.threads = training.get("threads")  # files of older releases lack it
+
+
+def saved_setting(folder: Path, name: str, default):
+    """A setting of the run in this folder; without one the default."""
+    if not (folder / "last.pt").exists():
+        return default
+    training = dar.read_checkpoint(folder / "last.pt").get("training") or {}
+    return training.get("settings", {}).get(name, default)
 
 
 class Log:
@@ -490,8 +608,11 @@ class Log:
                 value = f"{value:.6g}"
             words.append(str(value))
         if self.writes:
-            with open(self.path, "a") as file:
-                file.write(",".join(words) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(",".join(words) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path}: a row cannot be written ({error.strerror})") from None
 
 
 RUN_COLUMNS = ["lr", "images_per_s", "memory_mb", "unreadable", "skipped"]
@@ -511,14 +632,16 @@ def run_row(state: State, args: argparse.Namespace, optimizer, log: Log, names: 
 
 
 def say_goodbye(
-    state: State, signal_number: int, rank: int, folder: Path, following: list[str]
+    state: State, signal_number: int, args: argparse.Namespace, following: list[str]
 ) -> int:
-    """Process 0 says how the run ended, and the command that follows. Returns the exit code."""
-    message = f"done; pictures: {folder / 'step-*.png'}; next: {shlex.join(['python', *following])}"
+    """Says how the run ended, and the command that follows. Returns the exit code."""
+    pictures = Path(args.out) / "step-*.png"
+    message = f"done; pictures: {pictures}; next: {shlex.join(['python', *following])}"
     code = 0
     if signal_number:
         message = f"stopped after step {state.step}, saved; the same command goes on"
+        if args.resume == "never":
+            message = message.replace("goes on", "without --resume never goes on")
         code = 128 + signal_number
-    if rank == 0:
-        print(message, file=sys.stderr)
+    say(message)
     return code

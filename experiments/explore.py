@@ -60,7 +60,7 @@ def make_sheet(images: Tensor, columns: int, size: int) -> str:
     if images.shape[-1] > size:
         images = F.interpolate(images, (size, size), mode="area")
     file = io.BytesIO()
-    tile(images.float().cpu(), columns, gap=0).save(file, "WEBP", quality=88, method=6)
+    tile(images.float().cpu(), columns, gap=0, zoom=1).save(file, "WEBP", quality=88, method=6)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -1,10 +1,11 @@
 """The picture at the top of the README: one picture being drawn, as the method sees it.
 
-    python experiments/figure.py --class horse --seed 0 --out assets/how.png
+    python experiments/figure.py --classes horse --seed 0 --out assets/how.png
 
-A column for each group of tokens. From top to bottom: the tokens that the Llama writes (a code's
-colour is its place in the codebook, in its first three dimensions), where the flow stands after the
-group's step, and the preview: the jump to the end from where the flow stood before it.
+A column for each group of tokens. Above, the tokens that the Llama writes: a code's colour is its
+place in the codebook, in its first three dimensions. Below, the preview: where the flow would end
+if it went straight on. Last, the picture. (Where the flow itself stands is not drawn: noise hides
+it until the last step.)
 """
 
 import argparse
@@ -26,11 +27,7 @@ GAP = 14  # between two
 LEFT = 150  # the column of captions
 LINE = 22  # the row of captions
 
-CAPTIONS = [
-    "tokens, written\nby the Llama",
-    "the flow after\ntheir denoising step",
-    "preview: the jump to\nthe end instead of it",
-]
+CAPTIONS = ["tokens, written\nby the Llama", "preview after\nthese tokens"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--ckpt", default=SHIPPED, help="a Llama with its tokenizer (default: the one that ships)")
-    add("--class", dest="class_name", default="ship", help="name or number (default: ship)")
+    add("--classes", nargs=1, default=["ship"], help="one, its name or number (default: ship)")
     add("--seed", type=integer(0), default=0, help="of the picture (default: 0)")
     add("--cfg", type=real(0), default=4.0, help="guidance (default: 4)")
     add("--out", type=output_file(".png"), default=Path("how.png"), help="default: how.png")
@@ -82,12 +79,12 @@ def main() -> None:
     if ar.tokenizer is None:
         raise ValueError(f"{args.ckpt}: carries no tokenizer")
     names = class_names(ar)
-    label = parse_classes([args.class_name], names)[0]
+    label = parse_classes(args.classes, names)[0]
     labels = torch.tensor([label])
     steps = list(dar.stream(ar, ar.tokenizer, labels, args.cfg, [args.seed]))
 
     size = ar.tokenizer.config.group_size
-    width = LEFT + len(steps) * (CELL + GAP)
+    width = LEFT + (len(steps) + 1) * (CELL + GAP)
     height = LINE + len(CAPTIONS) * (CELL + GAP)
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
@@ -101,12 +98,14 @@ def main() -> None:
         numbers = f"{k * size + 1} … {(k + 1) * size}"
         draw.text((left + CELL / 2, 2), numbers, "black", font, anchor="ma")
         vectors = ar.tokenizer.quantize.lookup(step.codes[0, -size:])
-        cells = [draw_tokens(vectors), draw_image(step.x[0]), draw_image(step.preview[0])]
-        for row, cell in enumerate(cells):
-            top = LINE + row * (CELL + GAP)
-            picture.paste(cell, (left, top))
-            if k + 1 < len(steps):
-                draw_arrow(draw, left, top)
+        picture.paste(draw_tokens(vectors), (left, LINE))
+        picture.paste(draw_image(step.preview[0]), (left, LINE + CELL + GAP))
+        draw_arrow(draw, left, LINE + CELL + GAP)
+        if k + 1 < len(steps):
+            draw_arrow(draw, left, LINE)
+    left = LEFT + len(steps) * (CELL + GAP)
+    draw.text((left + CELL / 2, LINE + CELL), "the picture", "black", font, anchor="md")
+    picture.paste(draw_image(step.x[0]), (left, LINE + CELL + GAP))
 
     picture.save(args.out)
     print(f"wrote {args.out}: {names[label]}, seed {args.seed}")

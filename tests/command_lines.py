@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import dar
-from common.training import draw_shape
+from common.training import STOP_SIGNALS, draw_shape
 
 ROOT = Path(dar.__file__).parent
 PROBE = Path(__file__).with_name("probe.py")  # runs a script, and kills it from inside
@@ -34,9 +34,10 @@ SMALL_FIELDS = dict(
 CPU = "--device cpu --precision float32 --log-every 1".split()
 SMALL = ["--set", *(f"{name}={value}" for name, value in SMALL_FIELDS.items())]
 # Ends with --set, so that what follows may be one more FIELD=VALUE.
-TOKENIZER = "train_tokenizer.py --data shapes --batch 4 --picture-every 100".split() + CPU + SMALL
+TOKENIZER = "train_tokenizer.py --preset tiny --data shapes --batch 4 --picture-every 100".split()
+TOKENIZER += CPU + SMALL
 BASELINE = [*TOKENIZER, *"--data data --steps 4 --codebook-warmup 2 --times 2".split()]
-AR = "train_ar.py --data data --width 64 --layers 1 --batch 4".split() + CPU
+AR = "train_ar.py --preset tiny --data data --width 64 --layers 1 --batch 4".split() + CPU
 
 # Of a hundred processes that gloo has connected, one aborts with these words when all is done and
 # it ends: torch does so without this project too. The same command again finds nothing left to do.
@@ -79,7 +80,7 @@ def call(*words, cwd) -> int:
     script = importlib.import_module(words[0].removesuffix(".py"))
     folder = os.getcwd()
     arguments = sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     attend = dar.attend
     os.chdir(cwd)
     sys.argv = [str(word) for word in words]

@@ -115,7 +115,7 @@ def test_psnr_clamps_images():
 
 def test_tile_fills_rows_and_leaves_the_rest_white():
     colours = torch.tensor([-1.0, 0.0, -1.0]).view(3, 1, 1, 1)
-    pixels = np.asarray(images.tile(colours.expand(3, 3, 2, 2), columns=2, gap=1))[:, :, 0]
+    pixels = np.asarray(images.tile(colours.expand(3, 3, 2, 2), columns=2, gap=1, zoom=1))[:, :, 0]
     assert pixels.tolist() == [
         [255, 255, 255, 255, 255, 255, 255],
         [255, 0, 0, 255, 128, 128, 255],
@@ -125,3 +125,20 @@ def test_tile_fills_rows_and_leaves_the_rest_white():
         [255, 0, 0, 255, 255, 255, 255],
         [255, 255, 255, 255, 255, 255, 255],
     ]
+
+
+def test_tile_enlarges_without_blur():
+    colours = torch.tensor([[-1.0, 0.0]]).expand(1, 3, 1, 2)
+    pixels = np.asarray(images.tile(colours, columns=1, gap=0, zoom=2))[:, :, 0]
+    assert pixels.tolist() == [[0, 0, 128, 128], [0, 0, 128, 128]]
+
+
+def test_tile_enlarges_what_is_small():
+    assert images.tile(torch.zeros(2, 3, 32, 32), columns=2).size == (2 * 98 + 2, 98 + 2)
+    assert images.tile(torch.zeros(2, 3, 256, 256), columns=2).size == (2 * 258 + 2, 258 + 2)
+
+
+def test_tile_shows_bytes_as_it_shows_floats():
+    floats = torch.rand(2, 3, 4, 4) * 2 - 1
+    expected = np.asarray(images.tile(floats, columns=2))
+    assert np.array_equal(images.tile(images.to_uint8(floats), columns=2), expected)

@@ -68,7 +68,7 @@ def test_tokenizer_run_logs_draws_and_saves(work):
     assert 0 < float(rows[-1]["val_code_use"]) <= 1
 
     # Eight images: original, previews of the four steps, reconstruction.
-    assert Image.open(work / "tokenizer" / "step-4.png").size == (6 * 18 + 2, 8 * 18 + 2)
+    assert Image.open(work / "tokenizer" / "step-4.png").size == (6 * 98 + 2, 8 * 98 + 2)
     tokenizer = dar.load_tokenizer(work / "tokenizer" / "last.pt")
     assert tokenizer.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
 
@@ -78,16 +78,86 @@ def test_llama_run_carries_its_tokenizer(work):
     groups = [float(last[f"val_group_{k}"]) for k in range(4)]
     assert np.mean(groups) == pytest.approx(float(last["val_loss"]), rel=1e-4)
     assert 0 < float(last["unigram_by_position"]) <= float(last["unigram"]) + 1e-6
-    assert Image.open(work / "ar" / "step-5.png").size == (3 * 18 + 2, 4 * 18 + 2)
+    assert Image.open(work / "ar" / "step-5.png").size == (3 * 98 + 2, 4 * 98 + 2)
     ar = dar.load_ar(work / "ar" / "last.pt")
     assert ar.class_names == ["ant", "bee", "cat"]
     assert ar.tokenizer.config.num_tokens == 16
 
 
+def kept_steps(folder) -> dict[str, int]:
+    paths = folder.glob("*.pt")
+    return {path.name: dar.read_checkpoint(path)["training"]["step"] for path in paths}
+
+
 def test_checkpoints_are_kept(work):
-    paths = (work / "tokenizer").glob("*.pt")
-    steps = {path.name: dar.read_checkpoint(path)["training"]["step"] for path in paths}
-    assert steps == {"last.pt": 4, "step-2.pt": 2, "step-4.pt": 4}
+    assert kept_steps(work / "tokenizer") == {"last.pt": 4, "step-2.pt": 2, "step-4.pt": 4}
+
+
+@pytest.mark.parametrize("script", ["tokenizer", "llama"])
+def test_checkpoints_are_kept_between_two_saves(start, tmp_path, script):
+    words = [*llama(start), "--on-the-fly"] if script == "llama" else TOKENIZER
+    call(*words, *"--steps 7 --save-every 3 --keep-every 2 --out run".split(), cwd=tmp_path)
+    assert kept_steps(tmp_path / "run") == {
+        "last.pt": 7,
+        "step-2.pt": 2,
+        "step-4.pt": 4,
+        "step-6.pt": 6,
+    }
+
+
+def test_start_says_what_was_found_and_what_will_be_done(work, capsys):
+    words = "--val shapes --steps 20 --warmup 3 --lr 1e-4 --picture-every 50 --out said"
+    call(*BASELINE, *words.split(), cwd=work)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [
+        "data: 24 images in 3 classes, ant ... cat",
+        "shapes: 1000 drawn images in 4 classes, circle ... star",
+        "20 steps of 4 images, rate 0.0001, warm-up 3 steps, codebook warm-up 2 steps",
+    ]
+    words = "--tokenizer tokenizer/last.pt --epochs 1 --on-the-fly --out said-ar"
+    call(*AR, *words.split(), cwd=work)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "data: 24 images in 3 classes, ant ... cat",
+        "6 steps of 4 images, rate 0.002",
+    ]
+
+
+# Short runs
+
+
+@pytest.mark.parametrize("steps, expected", [(5000, 200), (2000, 200), (1999, 199), (24, 2)])
+def test_short_run_has_a_short_warm_up(steps, expected):
+    args = train_tokenizer.argparse.Namespace(steps=steps, warmup=7, codebook_warmup=None)
+    training.fill_in_warmups(args, train_tokenizer.RECIPES["cifar10"])
+    assert args.codebook_warmup == expected
+    assert args.warmup == 7
+    args.warmup = None
+    training.fill_in_warmups(args, train_ar.RECIPES["cifar10"])  # has no warm-up of the codebook
+    assert args.warmup == min(50, steps // 10)
+
+
+@pytest.mark.parametrize("recipes", [train_tokenizer.RECIPES, train_ar.RECIPES])
+def test_whole_recipe_has_its_own_warm_up(recipes):
+    images = {"shapes": 10_000, "B": 1_281_167, "L": 1_281_167, "XL": 1_281_167}
+    for name, recipe in recipes.items():
+        steps = recipe.get("steps")
+        if steps is None:
+            steps = int(recipe["epochs"] * images.get(name, 50_000) / recipe["batch"])
+        args = train_tokenizer.argparse.Namespace(steps=steps, warmup=None, codebook_warmup=None)
+        training.fill_in_warmups(args, recipe)
+        assert args.warmup == recipe["warmup"]
+        assert args.codebook_warmup == recipe.get("codebook_warmup")
+
+
+def test_longer_run_keeps_the_warm_up_that_it_began_with(tmp_path):
+    words = [*TOKENIZER, *"--out run --steps".split()]
+    call(*words, 20, cwd=tmp_path)
+    call(*words, 40, cwd=tmp_path)
+    settings = dar.read_checkpoint(tmp_path / "run" / "last.pt")["training"]["settings"]
+    assert settings["codebook_warmup"] == 2
+    with pytest.raises(ValueError, match="codebook_warmup was 2, is 4"):
+        call(*words, 60, "--codebook-warmup", 4, cwd=tmp_path)
 
 
 @pytest.mark.slow
@@ -159,7 +229,7 @@ def assert_same_weights(path, model: torch.nn.Module, part: str = "model") -> No
 
 @pytest.mark.parametrize("codebook_warmup", [0, 2])
 def test_tokenizer_step_is_the_lessons(start, tmp_path, monkeypatch, codebook_warmup):
-    words = "--steps 2 --times 3 --lr 1e-3 --warmup 0 --decay 0 --out run"
+    words = "--steps 3 --keep-every 2 --times 3 --lr 1e-3 --warmup 0 --decay 0 --out run"
     words = [*words.split(), "--init", start["tokenizer"], "--codebook-warmup", codebook_warmup]
     call(*TOKENIZER, *words, cwd=tmp_path)
 
@@ -179,8 +249,8 @@ def test_tokenizer_step_is_the_lessons(start, tmp_path, monkeypatch, codebook_wa
             patch.setattr(torch, "randn_like", lambda x: noise.view(x.shape))  # noqa: B023
             images = to_float(torch.stack([samples[int(p)][0] for p in positions]))
             dar.tokenizer_training_step(model, ema, optimizer, images, step, 3, codebook_warmup)
-    assert_same_weights(tmp_path / "run" / "last.pt", model)
-    assert_same_weights(tmp_path / "run" / "last.pt", ema, "ema")
+    assert_same_weights(tmp_path / "run" / "step-2.pt", model)
+    assert_same_weights(tmp_path / "run" / "step-2.pt", ema, "ema")
 
 
 def test_llama_step_is_the_lessons(start, tmp_path, monkeypatch):
@@ -227,7 +297,7 @@ def step_words(script: str, start) -> list[str]:
         return [*llama(start), *"--batch 8 --steps 4 --on-the-fly --init".split(), start["ar"]]
     words = [*TOKENIZER, *"--batch 8 --steps 4 --times 2 --decay 0 --init".split()]
     if script == "warm-up":
-        return [*words, start["tokenizer"], "--codebook-warmup", "9"]
+        return [*words, start["tokenizer"], "--codebook-warmup", "1"]
     return [*words, start["tokenizer"]]
 
 
@@ -514,6 +584,15 @@ def test_a_folder_is_a_class(tmp_path):
         ImageData(str(tmp_path), 8)
 
 
+def test_parts_of_a_dataset_are_no_classes(tmp_path):
+    draw(tmp_path, "train/ant/1.png", "val/ant/1.png", "test/ant/1.png")
+    with pytest.raises(ValueError, match="test, train, val are no classes; take one, as .*/train"):
+        ImageData(str(tmp_path), 8)
+    assert ImageData(str(tmp_path / "train"), 8).describe().endswith("1 images in one class, ant")
+    draw(tmp_path, "plane/1.png")  # a collection of vehicles
+    assert ImageData(str(tmp_path), 8).class_names == ["plane", "test", "train", "val"]
+
+
 def test_crops_are_random_squares_and_mirrors():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (90, 140, 3), dtype=np.uint8))
@@ -542,7 +621,7 @@ def test_reconstruction_picture_shows_every_class(classes, members, small_tokeni
     monkeypatch.setattr(data, "next_readable", lambda i: shown.append(i) or next_readable(i))
     picture = train_tokenizer.reconstruction_picture(small_tokenizer, data, CPU)
     assert len(set(shown)) == len(shown) == min(8, len(data))
-    assert picture.height == 34 * len(shown) + 2
+    assert picture.height == 98 * len(shown) + 2
     assert len(set(data.labels[shown])) == min(8, classes)
 
 
@@ -648,19 +727,21 @@ def shipped() -> str:
 
 def test_init_takes_a_tokenizer_and_any_time_shift(shipped):
     first = dar.load_tokenizer(shipped, dtype=torch.float32)
-    args = train_tokenizer.argparse.Namespace(init=shipped, seed=0, repa=0)
+    args = train_tokenizer.argparse.Namespace(init=shipped, seed=0, repa=0, resume="never")
     config = dar.dataclasses.replace(first.config, time_shift=9.0)
     found = train_tokenizer.build_model(args, config)
     assert found.config.time_shift == 9
     assert torch.equal(found.patchify.weight, first.patchify.weight)
-    with pytest.raises(ValueError, match="code_dim = 8, this run 7"):
-        train_tokenizer.build_model(args, dar.dataclasses.replace(config, code_dim=7))
+    config = dar.dataclasses.replace(config, code_dim=7, num_tokens=32)
+    expected = "cifar10.pt: has num_tokens = 64, this run 32; code_dim = 8, this run 7"
+    with pytest.raises(ValueError, match=expected):
+        train_tokenizer.build_model(args, config)
 
 
 def test_init_takes_a_llama_of_the_same_shape(shipped):
     first = dar.load_ar(shipped, dtype=torch.float32)
     args = dict(preset="cifar10", init=shipped, seed=0, width=None, layers=None, dropout=0.25)
-    args = train_ar.argparse.Namespace(**args)
+    args = train_ar.argparse.Namespace(**args, resume="never")
     names = list("abcdefghij")
     found = train_ar.build_model(args, first.tokenizer, names)
     assert found.config.dropout == 0.25
@@ -668,8 +749,35 @@ def test_init_takes_a_llama_of_the_same_shape(shipped):
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, found.state_dict()[name])
     args.width = 128
-    with pytest.raises(ValueError, match="cifar10.pt: has width = 256, this run 128"):
+    args.layers = 2
+    with pytest.raises(ValueError) as refused:
         train_ar.build_model(args, first.tokenizer, names)
+    assert str(refused.value) == (
+        f"--init {shipped}: has width = 256, this run 128; layers = 5, this run 2"
+    )
+
+
+def test_init_with_other_classes_starts_them_as_no_class(shipped, capsys):
+    first = dar.load_ar(shipped, dtype=torch.float32)
+    args = dict(preset="cifar10", init=shipped, seed=0, width=None, layers=None, dropout=0.0)
+    args = train_ar.argparse.Namespace(**args, resume="never")
+    found = train_ar.build_model(args, first.tokenizer, ["ant", "bee", "cat"])
+    assert found.config.num_classes == 3
+    for name, weight in found.state_dict().items():
+        expected = first.state_dict()[name]
+        if name == "cls_embedding.weight":
+            expected = expected[-1:].repeat(4, 1)
+        assert torch.equal(weight, expected)
+    assert capsys.readouterr().err == (
+        f'--init {shipped}: has 10 classes, this run 3: each starts as its "no class"\n'
+    )
+
+
+def test_init_of_a_run_with_other_classes(start, work):
+    words = [*AR, *"--tokenizer tokenizer/last.pt --steps 2 --on-the-fly --out fine --init".split()]
+    call(*words, start["ar"], cwd=work)
+    assert dar.load_ar(work / "fine" / "last.pt").class_names == ["ant", "bee", "cat"]
+    assert len(log(work / "fine")) == 2
 
 
 def test_gradients_are_clipped_to_a_norm():

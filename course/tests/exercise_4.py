@@ -17,7 +17,8 @@ class StandInLlama:
     """A Llama of 12 tokens, 8 codes and 5 classes, whose logits are a row of a table, which the
     class and all tokens so far choose. A number 100 + c in its cache is class c."""
 
-    config = types.SimpleNamespace(num_tokens=12, num_classes=NO_CLASS, vocab_size=8)
+    config = types.SimpleNamespace(num_tokens=12, num_classes=NO_CLASS, vocab_size=8, dropout=0.0)
+    device = torch.device("cpu")
 
     def __init__(self):
         self.table = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))

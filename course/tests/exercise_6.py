@@ -153,7 +153,7 @@ class StandInWriter:
 def start_stream(tokenizer, **settings):
     """(writer, the first StreamStep, the stream), of a stream whose tokens the stand-in writes."""
     config = types.SimpleNamespace(vocab_size=64, num_tokens=8, num_classes=10)
-    ar = types.SimpleNamespace(config=config)
+    ar = types.SimpleNamespace(config=config, device=torch.device("cpu"))
     writer = StandInWriter()
     real = dar.generate_groups
     dar.generate_groups = writer

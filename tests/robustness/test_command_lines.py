@@ -1,6 +1,7 @@
 """Mistakes in a training's command line: one line that names what is wrong, exit code 2, and
 nothing in --out. And the scripts' --help, and SLURM's script."""
 
+import argparse
 import contextlib
 import os
 import runpy
@@ -25,6 +26,13 @@ MISTAKES = {
     "train_tokenizer.py --data shapes --val nowhere --out o": "nowhere",
     "train_tokenizer.py --data shapes --out o --steps 0": "0: expected 1",
     "train_tokenizer.py --data shapes --out o --lr nan": "--lr: nan: expected",
+    "train_tokenizer.py --data shapes --out o --lr 0": "--lr: 0: expected",
+    "train_tokenizer.py --data shapes --out o --threads 0": "--threads: 0: expected 1 ... 1024",
+    "train_tokenizer.py --data shapes --out o --steps 9 --warmup 9": "--warmup 9: the run has only",
+    "train_tokenizer.py --data shapes --out o --steps 9 --codebook-warmup 10": "only 9 steps",
+    "train_tokenizer.py --data data --out data/o": "--out data/o: lies inside data",
+    "train_tokenizer.py --data data --out data/../data": "lies inside data",
+    "train_tokenizer.py --data shapes --val data --out data/ant/o": "lies inside data",
     "train_tokenizer.py --data shapes --out o --seed -1": "--seed: -1: expected 0 ... 2147483647",
     "train_tokenizer.py --data shapes --out o --workers many": "'many' is no whole number",
     "train_tokenizer.py --data shapes --out o --decay 2": "--decay: 2: expected 0 ... 1",
@@ -42,6 +50,8 @@ MISTAKES = {
     "train_ar.py --data data --out o --tokenizer T --val shapes": "its classes are not those of",
     "train_ar.py --data data --out o --tokenizer T --cfg 1 2 3": "(1.0, 2.0, 3.0)",
     "train_ar.py --data data --out o --tokenizer T --width 100": "width",
+    "train_ar.py --data data --out o --tokenizer T --steps 9 --warmup 9": "has only 9 steps",
+    "train_ar.py --data data --out data/o --tokenizer T": "--out data/o: lies inside data",
     "train_ar.py --data data --out o --tokenizer T --dropout 1.5": "--dropout: 1.5: expected 0",
     "train_ar.py --data data --out o --tokenizer T --epochs inf": "--epochs: inf: expected",
 }
@@ -90,6 +100,18 @@ def test_help_is_the_launch_lines_and_all_arguments(script, capsys, monkeypatch)
     text = capsys.readouterr().out
     assert f"python {script}.py" in text
     assert text.count("\n  --") > 3
+
+
+@pytest.mark.parametrize("script", ["train_tokenizer", "train_ar", "sample", "fid"])
+def test_every_option_has_help(script, monkeypatch):
+    def parse_args(parser):
+        missing = [action.dest for action in parser._actions if not action.help]
+        assert missing == []
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
 
 @pytest.mark.parametrize(

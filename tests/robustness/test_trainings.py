@@ -116,6 +116,25 @@ def test_signal_to_one_of_two_processes_stops_both(tmp_path):
     assert len(log(tmp_path / "run")) == step
 
 
+@pytest.mark.parametrize(
+    "resume, said", [("auto", "the same command goes on"), ("never", "without --resume never")]
+)
+def test_stopped_run_says_which_command_goes_on(tmp_path, capsys, monkeypatch, resume, said):
+    accept = train_tokenizer.LossScaler.accept
+
+    def stop(self, numbers, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return accept(self, numbers, step)
+
+    monkeypatch.setattr(train_tokenizer.LossScaler, "accept", stop)
+    words = [*TOKENIZER, *f"--steps 9 --out run --resume {resume}".split()]
+    assert call(*words, cwd=tmp_path) == 128 + signal.SIGTERM
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("stopped after step 4, saved; the same command ")
+    assert said in last
+
+
 def test_second_ctrl_c_does_not_wait(restore_signals, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     stop = StopSignal()
@@ -314,7 +333,7 @@ def cut(data: bytes) -> bytes:
 def test_damaged_checkpoint_is_named_and_kept(work, done, damage):
     path = done / "last.pt"
     path.write_bytes(damage(path.read_bytes()))
-    before = {path.name: path.read_bytes() for path in done.iterdir()}
+    before = {path.name: path.read_bytes() for path in done.iterdir()} | {"lock": b""}
     with pytest.raises(ValueError, match="last.pt: damaged"):
         call(*BASELINE, "--out", done, cwd=work)
     assert {path.name: path.read_bytes() for path in done.iterdir()} == before
