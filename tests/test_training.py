@@ -579,6 +579,11 @@ def test_a_folder_is_a_class(tmp_path):
 
     draw(tmp_path, "ant/2.png")
     assert ImageData(str(tmp_path), 8).digest != data.digest
+    (tmp_path / "ant" / "2.png").unlink()
+    assert ImageData(str(tmp_path), 8).digest == data.digest
+    with open(tmp_path / "ant" / "1.png", "ab") as file:
+        file.write(b"another picture of the same name")
+    assert ImageData(str(tmp_path), 8).digest != data.digest
     draw(tmp_path, "flat.png")
     with pytest.raises(ValueError, match="flat.png: expected a sub-folder"):
         ImageData(str(tmp_path), 8)

@@ -114,6 +114,9 @@ def test_every_option_has_help(script, monkeypatch):
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
 
+OUT_OF_MEMORY = "error: out of memory; take a smaller batch (in a training: --micro-batch)"
+
+
 @pytest.mark.parametrize(
     "error, code, said",
     [
@@ -121,6 +124,9 @@ def test_every_option_has_help(script, monkeypatch):
         (FileNotFoundError("a: no such file"), 2, "error: a: no such file"),
         (KeyboardInterrupt(), 130, "stopped"),
         (FloatingPointError("step 3: not finite"), 3, "error: step 3: not finite"),
+        (MemoryError(), 2, OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, OUT_OF_MEMORY),
     ],
 )
 def test_errors_have_exit_codes(error, code, said, capsys):
@@ -155,6 +161,10 @@ def test_a_world_size_that_torchrun_did_not_set_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE is set"):
+        distributed.start_processes("cpu")
+    for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="WORLD_SIZE is set.* port"):
         distributed.start_processes("cpu")
 
 

@@ -284,6 +284,19 @@ def test_codes_of_another_tokenizer_or_data_are_refused(tokenizer, make_tokenize
         tokenize(tokenizer, images, folder)
 
 
+@pytest.mark.parametrize("name", ["codes.npy", "sources.npy"])
+@pytest.mark.parametrize("kept", [0, 100, 300])
+def test_cut_codes_are_named(tokenizer, tmp_path, name, kept):
+    folder = tmp_path / "codes"
+    images = ImageData("shapes", 16)
+    images.labels = images.labels[:100]
+    tokenize(tokenizer, images, folder)
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:kept])
+    with pytest.raises(ValueError, match="codes: damaged codes .*remove the folder"):
+        tokenize(tokenizer, images, folder)
+
+
 @pytest.mark.slow
 def test_killed_tokenizing_goes_on_with_two_processes(work):
     for i in range(4 * train_ar.CHUNK):

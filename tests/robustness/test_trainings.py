@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -14,10 +15,12 @@ import torch
 from command_lines import (
     AR,
     BASELINE,
+    ROOT,
     TOKENIZER,
     assert_same_run,
     call,
     draw_pictures,
+    environment,
     has_rows,
     log,
     losses,
@@ -87,7 +90,7 @@ def test_killed_run_goes_on_bit_for_bit(work, script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_saves_and_the_exit_code_names_it(tmp_path, number):
     words = [*TOKENIZER, *"--steps 100000 --save-every 100000 --workers 1 --out run".split()]
     process = start(*words, cwd=tmp_path)
@@ -101,15 +104,18 @@ def test_signal_saves_and_the_exit_code_names_it(tmp_path, number):
     assert len(log(tmp_path / "run")) == step
 
 
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True)
+    pairs = [line.split() for line in listed.stdout.splitlines()[1:]]
+    return [int(child) for child, parent in pairs if int(parent) == pid]
+
+
 @pytest.mark.slow
 def test_signal_to_one_of_two_processes_stops_both(tmp_path):
     words = [*TOKENIZER, *"--steps 100000 --save-every 100000 --out run".split()]
     process = start(*words, cwd=tmp_path, processes=2)
     wait_for(has_rows(tmp_path / "run", 2), process)
-    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True)
-    pairs = [line.split() for line in listed.stdout.splitlines()[1:]]
-    children = [int(pid) for pid, parent in pairs if int(parent) == process.pid]
-    os.kill(max(children), signal.SIGTERM)
+    os.kill(max(children(process.pid)), signal.SIGTERM)
     _, errors = process.communicate()
     step = saved_step(tmp_path / "run")
     assert f"stopped after step {step}, saved" in errors
@@ -312,6 +318,33 @@ def test_too_many_corrupt_images_end_a_run(images, tmp_path):
         call(*TOKENIZER, *words.split(), cwd=tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_worker_ends_the_training_in_a_line(tmp_path, processes):
+    """As the system does when memory is short. Python would wait for the others for ever."""
+    words = "--steps 100000 --save-every 100000 --out run --workers 2"
+    process = start(*TOKENIZER, *words.split(), cwd=tmp_path, processes=processes)
+    wait_for(has_rows(tmp_path / "run", 2), process)
+    training = process.pid
+    if processes > 1:  # torchrun's, and two trainings
+        training = children(process.pid)[0]
+    os.kill(children(training)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (2 if processes == 1 else 1)
+    assert "error: a process that prepares images failed" in errors
+    if processes == 1:
+        assert "Traceback" not in errors
+
+
+def test_too_little_memory_is_no_corrupt_image(images, monkeypatch):
+    def no_memory(file):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.Image.open", no_memory)
+    with pytest.raises(MemoryError):
+        ImageData(str(images.parent), 16).next_readable(0)
+
+
 # A folder where something is already
 
 
@@ -337,6 +370,53 @@ def test_damaged_checkpoint_is_named_and_kept(work, done, damage):
     with pytest.raises(ValueError, match="last.pt: damaged"):
         call(*BASELINE, "--out", done, cwd=work)
     assert {path.name: path.read_bytes() for path in done.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_folder_has_one_training(tmp_path):
+    words = [*TOKENIZER, *"--steps 100000 --save-every 100000 --out run".split()]
+    first = start(*words, cwd=tmp_path)
+    wait_for(has_rows(tmp_path / "run", 2), first)
+    second = run(*words, cwd=tmp_path, code=2)
+    assert "error: run: another process trains there" in second.stderr
+    first.kill()
+    first.communicate()
+    run(*words, "--steps", 2, cwd=tmp_path)  # a kill leaves no lock
+
+
+def test_init_may_be_gone_once_the_run_has_begun(work, tmp_path):
+    init = tmp_path / "init.pt"
+    init.write_bytes((work / "tokenizer" / "last.pt").read_bytes())
+    words = [*TOKENIZER, *"--codebook-warmup 0 --warmup 0 --out run --init".split()]
+    call(*words, "init.pt", "--steps", 2, cwd=tmp_path)
+    init.unlink()
+    call(*words, "./init.pt", "--steps", 3, cwd=tmp_path)
+    assert saved_step(tmp_path / "run") == 3
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_folders_are_refused(work, tmp_path):
+    words = [*BASELINE, "--data", work / "data", "--out", "run"]
+    program = f"""
+import os, sys, runpy
+folder = os.path.join({str(tmp_path)!r}, os.environ["RANK"])
+os.makedirs(folder, exist_ok=True)
+os.chdir(folder)
+sys.argv = {[str(word) for word in words]!r}
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({str(ROOT / "train_tokenizer.py")!r}, run_name="__main__")
+"""
+    (tmp_path / "apart.py").write_text(program)
+    for folder in ("0", "1"):
+        (tmp_path / folder).mkdir()
+    call(*words, "--steps", 3, cwd=tmp_path / "0")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, tmp_path / "apart.py"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "has step = " in done.stderr
+    assert "all must see the same --data and --out" in done.stderr
 
 
 def test_weights_alone_are_no_run(work, done):
