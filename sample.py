@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,12 +37,12 @@ from common.files import fill_chunks, fingerprint, read_chunks, write_atomically
 from common.images import (
     IMAGE_SUFFIXES,
     center_crops,
+    check_images,
     list_images,
     psnr,
     read_image,
     tile,
     to_float,
-    to_rgb,
     to_uint8,
 )
 from common.speed import pick_dtype, prepare_for_sampling
@@ -54,7 +54,23 @@ SHIPPED = Path(__file__).resolve().parent / "checkpoints" / "cifar10.pt"
 # Command line
 
 
-def parse_arguments() -> argparse.Namespace:
+# The mode is the first of these options that is given, or else the last. It takes the options that
+# stand beside it, and ALL.
+ALL = "ckpt tokenizer dtype"
+FLOW = "device compile threads batch num seed tokens steps solver"
+LLAMA = f"{FLOW} classes cfg temperature top_k top_p"
+MODES = {
+    "save_bundle": "",
+    "reconstruct": f"{FLOW} npz reference_npz",
+    "npz": f"{LLAMA} balanced",
+    "folder": f"{LLAMA} balanced",
+    "prefix_image": f"{LLAMA} out trajectory gif prefix_tokens",
+    "prefix_class": f"{LLAMA} out trajectory gif prefix_tokens prefix_seed",
+    "out": f"{LLAMA} trajectory gif",
+}
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -148,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--reconstruct", type=Path, help="encode and decode the images below this folder instead")
     add("--reference-npz", type=output_file(".npz"), help="those images, as they were encoded")
 
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if len(args.cfg) == 1:
         args.cfg = args.cfg[0]
     if args.trajectory is True:
@@ -183,19 +199,26 @@ def output_file(*endings: str) -> Callable[[str], Path]:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raises ValueError where a mode lacks an option, or has one of another mode's."""
+    """Raises ValueError where a mode lacks an option, or would ignore one that is given."""
     dar.guidance_schedule(args.cfg, num_tokens=1)
-    is_set = args.npz is not None or args.folder is not None
-    has_layout = args.prefix_image is not None or args.prefix_class is not None
-    if not has_layout and (args.prefix_seed is not None or args.prefix_tokens is not None):
-        raise ValueError("whose layout? give --prefix-image, or --prefix-class and --prefix-seed")
-    if is_set and (has_layout or args.trajectory is not None or args.gif is not None):
-        raise ValueError("--npz and --folder go without --trajectory, --gif and --prefix-...")
     if args.reconstruct is not None or args.reference_npz is not None:
         if None in (args.reconstruct, args.npz, args.reference_npz):
             raise ValueError("--reconstruct, --npz and --reference-npz go together")
         if args.npz.resolve() == args.reference_npz.resolve():
             raise ValueError(f"--npz and --reference-npz are one file, {args.npz}")
+
+    mode = next(name for name in MODES if getattr(args, name) is not None)
+    known = f"{mode} {MODES[mode]} {ALL}".split()
+    for name, default in vars(parse_arguments([])).items():
+        if name in known or getattr(args, name) == default:
+            continue
+        others = [flag(other) for other in MODES if name in MODES[other].split()]
+        where = f"without {' or '.join(others)}" if mode == "out" else f"with {flag(mode)}"
+        raise ValueError(f"{flag(name)} has no effect {where}")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 # ------------------------------------------------------------------------------
@@ -333,12 +356,12 @@ def draw_pictures(ar: dar.ARTransformer, args: argparse.Namespace, threads: Thre
     num = args.num or 16
     labels = [classes[i % len(classes)] for i in range(num)]
 
-    columns = min(num, 8)
-    if len(classes) <= 10 and num % len(classes) == 0:
+    columns = 8
+    if 2 <= len(classes) <= 10:
         columns = len(classes)  # one a class
     frames = draw_frames(ar, args, threads, labels, "drawing")
     captions = [caption(names, label) for label in labels]
-    save_frames(ar, args, frames, captions, columns)
+    save_frames(ar, args, frames, captions, min(num, columns))
 
 
 def caption(names: list[str], label: int) -> str:
@@ -420,10 +443,10 @@ def save_picture(picture: Image.Image, path: Path, **options) -> None:
 def draw_layout(ar: dar.ARTransformer, args: argparse.Namespace, threads: Threads) -> None:
     """Fig. 6 and 12: a row for each number of kept tokens. It begins with the picture whose tokens
     are kept; each further picture starts from these tokens and has another class."""
-    total = ar.config.num_tokens
+    total = args.tokens or ar.config.num_tokens
     kept_counts = args.prefix_tokens or [total // 8, total // 4, total * 3 // 8, total // 2]
     if max(kept_counts) > total:
-        raise ValueError(f"--prefix-tokens {max(kept_counts)}: there are {total} tokens")
+        raise ValueError(f"--prefix-tokens {max(kept_counts)}: there are {total} tokens to draw")
     names = class_names(ar)
     classes = parse_classes(args.classes, names)
     num = args.num or min(len(classes), 8)
@@ -451,9 +474,7 @@ def draw_layout(ar: dar.ARTransformer, args: argparse.Namespace, threads: Thread
 def encode_photograph(ar: dar.ARTransformer, path: Path) -> tuple[Tensor, Tensor]:
     """An image file, as the camera was held -> its middle square, float32 [1, 3, H, W], and the
     tokens of that, int64 [1, N]. Raises ValueError or OSError."""
-    read_image(path)  # says what is wrong with the file
-    with Image.open(path) as file:
-        photograph = to_rgb(ImageOps.exif_transpose(file))
+    photograph = read_image(path, upright=True)
     image = center_crops([photograph], ar.tokenizer.config.image_size)
     return image, ar.tokenizer.encode(image.to(ar.output.weight.device))
 
@@ -578,6 +599,8 @@ def reconstruct(args: argparse.Namespace, processes: Processes, dtype: torch.dty
     prepare_for_sampling(tokenizer, args.compile)
     size = tokenizer.config.image_size
     paths = [args.reconstruct / name for name in list_images(args.reconstruct)[: args.num]]
+    # A damaged one that is found late would end the set: mended, it is another photograph.
+    processes.first_alone(lambda: check_images(paths if processes.rank == 0 else []))
 
     def reconstruct_chunk(chunk: int) -> dict[str, np.ndarray]:
         pictures = range(len(paths))[chunk * args.batch : (chunk + 1) * args.batch]

@@ -8,12 +8,14 @@ papers on ImageNet follow.
 import math
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -57,17 +59,39 @@ def walk(folder: str, prefix: str = "", parents: frozenset[str] = frozenset()) -
                 raise FileNotFoundError(f"{entry.path}: a link to nothing")
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, transparency on white. It is not turned as its EXIF data says:
-    ADM does not. Raises ValueError or OSError, which name the file.
+def read_image(path: str | Path, upright: bool = False) -> Image.Image:
+    """An image file as 8-bit RGB, transparency on white. upright: turned as its EXIF data says, if
+    that can be read; ADM does not turn. Raises ValueError or OSError, which name the file.
     """
     with open(path, "rb") as file:
         try:
-            return to_rgb(Image.open(file))
+            image = Image.open(file)
+            image.load()
+            if upright:
+                turn_upright(image)
+            return to_rgb(image)
         except MemoryError:  # which says nothing of the file
             raise
         except Exception as error:  # A damaged file makes decoders fail in every way there is.
             raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def turn_upright(image: Image.Image) -> None:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # Damaged EXIF data, which fails in as many ways, and no harm to the pixels.
+        pass
+
+
+def check_images(paths: list[Path]) -> list[tuple[int, int]]:
+    """Decodes all images, for damage often lies behind the head; returns their (width, height).
+    Raises ValueError or OSError, which name the file.
+    """
+    with ThreadPoolExecutor() as threads:
+        sizes = threads.map(lambda path: read_image(path).size, paths)
+        return list(tqdm(sizes, desc="checking", total=len(paths), unit="image", delay=1))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -55,7 +55,9 @@ def main() -> int:
         folder = args.out / f"row-{i}"
         words = [sys.executable, train_tokenizer.__file__, "--preset", "tiny"]
         words += ["--data", args.data, "--val", args.val, "--out", str(folder)]
-        words += ["--steps", str(args.steps), "--device", args.device, *changes.split()]
+        words += ["--steps", str(args.steps), "--warmup", str(args.steps // 5)]
+        words += ["--codebook-warmup", str(args.steps * 2 // 5)]
+        words += ["--device", args.device, *changes.split()]
         code = subprocess.run(words).returncode
         if code != 0:
             return code  # the training has said why

@@ -24,6 +24,10 @@
 set -euo pipefail
 
 [ $# -gt 0 ] || { echo "which training? e.g. sbatch $0 train_tokenizer.py --preset v1 ..." >&2; exit 2; }
+case " $* " in *" --resume never "*)
+    echo "--resume never would begin anew whenever the job comes back from the queue; take another --out" >&2
+    exit 2 ;;
+esac
 [ -d .venv ] && source .venv/bin/activate
 gpus=${SLURM_GPUS_ON_NODE:-8}
 # How long torchrun waits for the last save before it kills: by itself only 30 s. (torch 2.10 may not

@@ -58,6 +58,20 @@ def test_transparent_pixels_are_white(tmp_path):
     assert np.all(np.asarray(images.read_image(tmp_path / "x.png")) == 255)
 
 
+def test_picture_is_turned_only_if_asked(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)
+    assert images.read_image(tmp_path / "x.jpg").size == (8, 4)
+    assert images.read_image(tmp_path / "x.jpg", upright=True).size == (4, 8)
+
+
+def test_whole_images_have_a_size(tmp_path):
+    save_pictures(tmp_path, "1.png", "2.png")
+    Image.new("RGB", (8, 4)).save(tmp_path / "2.png")
+    assert images.check_images([tmp_path / "1.png", tmp_path / "2.png"]) == [(8, 8), (8, 4)]
+
+
 # Crops
 
 

@@ -87,6 +87,19 @@ def test_batch_changes_no_picture(draw, ar, tmp_path):
     assert_same_picture(tmp_path / "x.png", sample.labelled_grid(images, ["c0", "c1", "c2"], 3))
 
 
+@pytest.mark.parametrize(
+    "words, columns", [("--num 12", 10), ("--num 9", 9), ("--num 5 --classes 1 2", 2)]
+)
+def test_few_classes_have_a_column_each(draw, ar, tmp_path, words, columns):
+    draw(f"{words} --tokens 4 --out x.png")
+    assert Image.open(tmp_path / "x.png").width == columns * (96 + 4)
+
+
+def test_pictures_of_one_class_fill_rows(draw, tmp_path):
+    draw("--num 9 --classes c1 --tokens 4 --out x.png")
+    assert Image.open(tmp_path / "x.png").width == 8 * (96 + 4)
+
+
 def test_trajectory_shows_previews_then_result(draw, ar, tmp_path):
     draw("--num 2 --trajectory t.png --out x.png")
     steps = steps_of(ar, [0, 1], [0, 1])
@@ -220,6 +233,25 @@ def test_photograph_is_turned_as_the_camera_was_held(make_ar, make_tokenizer, tm
 def test_more_kept_tokens_than_there_are(draw):
     with pytest.raises(ValueError, match="--prefix-tokens 33: there are 32"):
         draw("--prefix-class c1 --prefix-tokens 8 33")
+
+
+def test_layout_of_few_tokens(draw, ar, tmp_path):
+    draw("--prefix-class c1 --prefix-tokens 4 8 --tokens 8 --classes c3 --out x.png")
+    source = steps_of(ar, [1], [0])[-1]
+    images = []
+    captions = []
+    for kept in (4, 8):
+        steps = steps_of(ar, [3], [0], prefix=source.codes[:, :kept])
+        images += [source.x, next(step.preview for step in steps if step.codes.shape[1] == 8)]
+        captions += [f"{kept} of 8 kept", "c3"]
+    expected = sample.labelled_grid(torch.cat(images), captions, columns=2)
+    assert_same_picture(tmp_path / "x.png", expected)
+    draw("--prefix-class c1 --tokens 8 --classes c3 --out x.png")  # keeps half at most
+
+
+def test_more_kept_tokens_than_are_drawn(draw):
+    with pytest.raises(ValueError, match="--prefix-tokens 16: there are 8"):
+        draw("--prefix-class c1 --prefix-tokens 8 16 --tokens 8")
 
 
 # Sets
@@ -358,9 +390,52 @@ def test_options_of_two_modes_or_of_half_a_mode(draw, words):
         draw(words)
 
 
-def test_layout_of_nothing(draw):
-    with pytest.raises(ValueError, match="whose layout?"):
-        draw("--prefix-tokens 8")
+SAVE_BUNDLE = "--save-bundle x.pt"
+RECONSTRUCT = "--reconstruct . --npz x.npz --reference-npz y.npz"
+LAYOUT = "--prefix-image photo.png"
+
+
+@pytest.mark.parametrize(
+    "mode, ignored",
+    [
+        (SAVE_BUNDLE, "--num 2"),
+        (SAVE_BUNDLE, "--npz x.npz"),
+        (RECONSTRUCT, "--classes c1"),
+        (RECONSTRUCT, "--cfg 1 6"),
+        (RECONSTRUCT, "--top-p 0.9"),
+        (RECONSTRUCT, "--balanced"),
+        (RECONSTRUCT, "--out x.png"),
+        (RECONSTRUCT, "--prefix-image photo.png"),
+        ("--npz x.npz", "--out x.png"),
+        ("--folder x", "--trajectory"),
+        ("--npz x.npz", "--prefix-tokens 8"),
+        (LAYOUT, "--prefix-seed 0"),
+        (LAYOUT, "--balanced"),
+    ],
+)
+def test_option_that_a_mode_would_ignore(mode, ignored):
+    args = sample.parse_arguments([*mode.split(), *ignored.split()])
+    message = f"^{ignored.split()[0]} has no effect with {mode.split()[0]}$"
+    with pytest.raises(ValueError, match=message):
+        sample.check_arguments(args)
+
+
+@pytest.mark.parametrize(
+    "words, others",
+    [
+        ("--prefix-tokens 8", "--prefix-image or --prefix-class"),
+        ("--prefix-seed 0", "--prefix-class"),
+        ("--balanced", "--npz or --folder"),
+    ],
+)
+def test_option_of_a_mode_that_is_not_asked_for(draw, words, others):
+    with pytest.raises(ValueError, match=f"^{words.split()[0]} has no effect without {others}$"):
+        draw(words)
+
+
+def test_every_option_belongs_to_a_mode():
+    belongs = " ".join([*sample.MODES, *sample.MODES.values(), sample.ALL]).split()
+    assert set(belongs) == set(vars(sample.parse_arguments([])))
 
 
 def test_two_sets_in_one_file(draw, tmp_path):

@@ -222,6 +222,13 @@ def submit(tmp_path):
             os.killpg(job.pid, signal.SIGKILL)
 
 
+def test_slurm_job_that_would_begin_anew_is_refused():
+    words = ["bash", ROOT / "experiments" / "slurm.sh", *"train_ar.py --resume never".split()]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(SLURM_JOB_ID=1))
+    assert done.returncode == 2
+    assert done.stderr.startswith("--resume never would begin anew")
+
+
 @pytest.mark.slow
 def test_slurm_job_saves_queues_again_and_goes_on(submit, tmp_path):
     first = submit(100_000)

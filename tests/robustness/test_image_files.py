@@ -45,6 +45,55 @@ def test_whatever_stops_a_decoder_the_image_is_named(picture, error, monkeypatch
         images.read_image(picture)
 
 
+def save_lying(path, damage):
+    """A picture of 8 x 4 pixels that lies on its side, as damaged EXIF data says."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation
+    exif[0x010F] = "a camera"
+    Image.new("RGB", (8, 4)).save(path, exif=damage(exif.tobytes()))
+
+
+def break_head(exif):
+    assert exif[6:10] == b"MM\0*"
+    return exif.replace(b"MM\0*", b"MM\0?")
+
+
+def break_other_tag(exif):
+    words = b"\x01\x0f\0\x02\0\0\0\x09"  # a tag, a type: text of 9 bytes
+    assert words in exif
+    return exif.replace(words, b"\x01\x0f\0\x05\0\0\0\x01")  # a fraction
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+@pytest.mark.parametrize("damage, size", [(break_head, (8, 4)), (break_other_tag, (4, 8))])
+def test_damaged_exif_does_no_harm(tmp_path, name, damage, size):
+    """The picture is turned if only the rest of the data is damaged."""
+    save_lying(tmp_path / name, damage)
+    assert images.read_image(tmp_path / name).size == (8, 4)
+    assert images.read_image(tmp_path / name, upright=True).size == size
+
+
+def test_too_little_memory_is_not_taken_for_damage(picture, monkeypatch):
+    def transpose(image, in_place):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", transpose)
+    with pytest.raises(MemoryError):
+        images.read_image(picture, upright=True)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_damaged_body_is_named(tmp_path, upright):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "bad.png")
+    os.truncate(tmp_path / "bad.png", 2000)
+    with pytest.raises(ValueError, match="bad.png: not a readable image"):
+        images.read_image(tmp_path / "bad.png", upright)
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    with pytest.raises(ValueError, match="bad.png: not a readable image"):
+        images.check_images([tmp_path / "good.png", tmp_path / "bad.png"])
+
+
 def test_missing_image_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.png"):
         images.read_image(tmp_path / "missing.png")

@@ -285,6 +285,28 @@ def test_damaged_photograph_is_named(draw, photos):
         draw(RECONSTRUCT)
 
 
+def test_photograph_with_a_damaged_body_is_named_before_any_is_decoded(draw, photos, tmp_path):
+    Image.effect_noise((40, 40), 64).save(photos / "3.png")
+    whole = (photos / "3.png").read_bytes()
+    (photos / "3.png").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match="photos/3.png: not a readable image"):
+        draw(RECONSTRUCT)
+    assert not (tmp_path / "x.npz.part").exists()
+    draw(RECONSTRUCT, "--num", "3")  # without it
+    (photos / "3.png").write_bytes(whole)
+    for name in ("x.npz", "y.npz"):
+        (tmp_path / name).unlink()
+    draw(RECONSTRUCT)
+
+
+def test_layout_of_a_photograph_with_damaged_exif(draw, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 40)).save(tmp_path / "photo.png", exif=b"no" + exif.tobytes()[8:])
+    draw(f"--prefix-image photo.png --prefix-tokens 2 --num 1 {QUICK} --out x.png")
+    assert (tmp_path / "x.png").exists()
+
+
 def test_damaged_photograph_of_a_layout_is_named(draw, tmp_path):
     (tmp_path / "photo.png").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="photo.png: not a readable image"):
