@@ -1,6 +1,7 @@
 """Command lines: numbers with a range, and errors that are one line."""
 
 import argparse
+import contextlib
 import math
 import multiprocessing
 import os
@@ -47,11 +48,31 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
+class Unbreakable:
+    """A stream that may have no reader any more, as of a closed terminal: what cannot be written is
+    lost, and the work goes on."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def command_line(main: Callable[[], int | None]) -> None:
     """Runs main() and exits with its code, or with one line and a code of ours: 2 for a mistake, 3
     for what is not finite, 130 for Ctrl-C. Anything else is an error of the program, with
     traceback.
     """
+    sys.stderr = Unbreakable(sys.stderr)
     code = 1
     try:
         code = main()

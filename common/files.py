@@ -43,7 +43,10 @@ LOCKS = []  # files that are open as long as the process lives
 
 def lock_folder(folder: Path) -> None:
     """Makes the folder this process's own until it ends. Raises ValueError if it is another's."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: no folder, and none can be made ({error.strerror})") from None
     if fcntl is None or any(file.name == str(folder / "lock") for file in LOCKS):
         return
     file = open(folder / "lock", "w")

@@ -141,6 +141,14 @@ def test_stopped_run_says_which_command_goes_on(tmp_path, capsys, monkeypatch, r
     assert said in last
 
 
+@pytest.mark.slow
+def test_a_closed_terminal_ends_no_training(tmp_path):
+    process = start(*TOKENIZER, *"--steps 30 --out run".split(), cwd=tmp_path)
+    process.stderr.close()  # nobody reads the progress bar any more
+    assert process.wait(timeout=100) == 0
+    assert saved_step(tmp_path / "run") == 30
+
+
 def test_second_ctrl_c_does_not_wait(restore_signals, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     stop = StopSignal()
