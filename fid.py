@@ -38,7 +38,7 @@ from tqdm import tqdm
 from common.cli import command_line, integer
 from common.distributed import Processes, start_processes
 from common.files import save_npz, write_atomically
-from common.images import list_images, read_image
+from common.images import check_images, list_images, read_image
 from common.threads import Threads, add_threads_option
 
 WEIGHTS_URL = (
@@ -454,12 +454,12 @@ class ImageFolder:
         self.files = [path / name for name in list_images(path)]
         self.count = len(self.files)
 
-        with ThreadPoolExecutor() as threads:
-            shapes = list(threads.map(image_shape, self.files))
-        self.shape = shapes[0]
-        for file, shape in zip(self.files, shapes):
-            if shape != self.shape:
-                raise ValueError(f"{file} is {shape}, but {self.files[0]} is {self.shape}")
+        sizes = check_images(self.files)
+        for file, size in zip(self.files, sizes):
+            if size != sizes[0]:
+                raise ValueError(f"{file} has {size} pixels, {self.files[0]} has {sizes[0]}")
+        width, height = sizes[0]
+        self.shape = (height, width, 3)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Images start ... stop - 1 in the order of their names: uint8 [B, 3, H, W]."""
@@ -467,12 +467,6 @@ class ImageFolder:
             images = list(threads.map(read_image, self.files[start:stop]))
         pixels = np.stack([np.asarray(image) for image in images])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-
-def image_shape(path: Path) -> tuple[int, int, int]:
-    """(H, W, 3) of an image that is whole: decoded, for damage often lies behind the head."""
-    image = read_image(path)
-    return image.height, image.width, 3
 
 
 class ImageArchive:
