@@ -104,7 +104,7 @@ def test_help_is_the_launch_lines_and_all_arguments(script, capsys, monkeypatch)
 
 @pytest.mark.parametrize("script", ["train_tokenizer", "train_ar", "sample", "fid"])
 def test_every_option_has_help(script, monkeypatch):
-    def parse_args(parser):
+    def parse_args(parser, *words):
         missing = [action.dest for action in parser._actions if not action.help]
         assert missing == []
         raise SystemExit

@@ -266,7 +266,6 @@ def test_sets_take_one_thread(draw, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     draw(f"--num 1 {QUICK} --npz x.npz")
     draw(f"--num 1 {QUICK} --npz y.npz --threads 2")
-    draw(f"--num 1 {QUICK} --out x.png")
     assert chosen == [1, 2]
 
 
