@@ -781,7 +781,7 @@ class SequentialDiffusionTokenizer(nn.Module):
         """The networks' part of a training step (section 4).
         images: float [B, 3, H, W] in [-1, 1].
         s: uniform times [B, R], or [B] for R = 1. One for each image is drawn if None.
-        noise: x0 [B, R, 3, H, W], drawn if None.
+        noise: x0 [B, R, 3, H, W], or with s [B] also [B, 3, H, W]; drawn if None.
         code_noise: [B, N, D], in a codebook warm-up alone: is added to the features, which then are
             not quantized.
         Returns what tokenizer_loss needs:

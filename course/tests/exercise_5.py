@@ -34,7 +34,7 @@ def test_fid_is_the_closed_form_where_covariances_share_eigenvectors():
         expected = (mean[0] - mean[1]).square().sum()
         expected += (values[0].sqrt() - values[1].sqrt()).square().sum()
         actual = fid.frechet_distance(mean[0], sigma[0], mean[1], sigma[1])
-        check_close(f"rank {rank}, relative", actual / expected.item(), 1.0, 1e-8)
+        check_close(f"rank {rank}, relative", actual / expected.item(), 1.0, 1e-10)
 
 
 def test_fid_of_a_set_with_itself_is_zero():

@@ -13,7 +13,7 @@ S = torch.tensor([0.1, 0.6, 0.9])  # these times belong to the groups 0, 2 and 3
 
 
 def velocity_of(x_t: Tensor, t: Tensor, group_z: Tensor) -> Tensor:
-    return 0.3 * x_t + t.view(-1, 1, 1, 1) + group_z.mean((1, 2)).view(-1, 1, 1, 1)
+    return 0.3 * x_t + t.view(-1, 1, 1, 1) + group_z[..., 0].mean(1).view(-1, 1, 1, 1)
 
 
 class StandInQuantizer(nn.Module):
@@ -21,13 +21,15 @@ class StandInQuantizer(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.embedding = nn.Embedding(1, 1)
+        self.weight = self.embedding.weight
+        nn.init.constant_(self.weight, 2.0)
         self.kept = []
 
     def forward(self, f, keep):
         self.kept.append(keep)
         codes = torch.arange(f.shape[0] * f.shape[1]).view(f.shape[:2])
-        return F.normalize(f.float(), dim=-1), codes, self.weight**2, 3 * self.weight
+        return F.normalize(f.float(), dim=-1), codes, self.weight.sum() ** 2, 3 * self.weight.sum()
 
 
 class StandInDecoder(nn.Module):
@@ -119,7 +121,9 @@ def test_in_the_warm_up_noise_stands_for_the_quantizers_error():
     group_z = tokenizer.diffusion.calls[0][2]
     check_close("z' of features with noise", group_z, torch.stack([z[0, 0], z[1, 2], z[2, 3]]))
     check_close("both losses of the quantizer", out["vq"] + out["commit"], 0.0)
-    (out["vq"] + out["commit"]).backward()
+    losses = out["vq"] + out["commit"]
+    if losses.requires_grad:
+        losses.backward()
     assert tokenizer.quantize.weight.grad is not None, "the codebook needs a gradient, of 0"
 
 
