@@ -74,6 +74,8 @@ def test_groups_are_whole_numbers_in_the_shape_of_the_times():
     check_equal("the shape of times [2, 3]", list(groups.shape), [2, 3])
     assert groups.dtype == torch.int64, f"groups are {groups.dtype}, not int64"
     assert type(dar.condition_group(0.4, 8)) is int, "the group of a number is no int"
+    just_before = 0.5 - 1e-12  # which float32 would round to 0.5
+    check_equal("a number just before an edge", dar.condition_group(just_before, 8), 3)
     ends = dar.condition_group(torch.tensor([0.0, 1.0]), 8)
     check_equal("the first and the last moment", ends, [0, 7])
 

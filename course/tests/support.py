@@ -29,7 +29,17 @@ def check_equal(promise: str, actual, expected) -> None:
         actual = actual.tolist()
     if isinstance(expected, Tensor):
         expected = expected.tolist()
-    assert actual == expected, f"{promise}: got {actual!r:.300}, not {expected!r:.300}"
+    assert actual == expected, f"{promise}{first_difference(actual, expected)}"
+
+
+def first_difference(actual, expected) -> str:
+    """Of lists in lists, the first entry that differs, and its place."""
+    place = ""
+    while isinstance(actual, list) and isinstance(expected, list) and len(actual) == len(expected):
+        i = next(i for i, (a, e) in enumerate(zip(actual, expected)) if a != e)
+        place += f"[{i}]"
+        actual, expected = actual[i], expected[i]
+    return f"{place}: got {actual!r:.300}, not {expected!r:.300}"
 
 
 def check_refused(promise: str, word: str, function: Callable, *args, **options) -> None:
