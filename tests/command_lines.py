@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import dar
+from common.files import LOCKS
 from common.training import STOP_SIGNALS, draw_shape
 
 ROOT = Path(dar.__file__).parent
@@ -90,6 +91,8 @@ def call(*words, cwd) -> int:
         os.chdir(folder)
         sys.argv = arguments
         dar.attend = attend
+        while LOCKS:  # as when a process ends
+            LOCKS.pop().close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if words[0] == "train_ar.py":
