@@ -885,6 +885,9 @@ def check_images(images: Tensor, patch: int, size: int | None = None) -> None:
         raise ValueError(f"images {shape}: expected [B, 3, H, W], H and W multiples of {patch}")
 
 
+INTEGERS = torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64
+
+
 def check_codes(name: str, codes, count: int, device: torch.device, dims: int = 2) -> Tensor:
     """Codes, a tensor or a list of integers, as an int64 tensor on the device. Raises ValueError
     unless they are of dims dimensions and 0 ... count - 1."""
@@ -900,9 +903,6 @@ def check_codes(name: str, codes, count: int, device: torch.device, dims: int = 
         low, high = codes.min().item(), codes.max().item()
         raise ValueError(f"{name} from {low} to {high}: expected 0 ... {count - 1}")
     return codes
-
-
-INTEGERS = torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64
 
 
 def tokenizer_loss(
@@ -1338,11 +1338,11 @@ def generate_groups(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Iterator[Tensor]:
-    """Draws num_tokens (default: N) tokens for classes int64 [B] (number num_classes: no class),
-    and yields int64 [B, group_size] whenever a group is full. cfg: see guidance_schedule. seeds:
-    see resolve_seeds. greedy: take the likeliest token. prefix: tokens int64 [n] or [B, n] to keep
-    as they are (section 5.1, zero-shot control). temperature, top_k, top_p: see filter_logits;
-    they do not move the likeliest token. Raises ValueError, at once."""
+    """Draws num_tokens (default: N) tokens for classes [B], a tensor or a list (number num_classes:
+    no class), and yields int64 [B, group_size] whenever a group is full. cfg: see
+    guidance_schedule. seeds: see resolve_seeds. greedy: take the likeliest token. prefix: tokens
+    [n] or [B, n] to keep as they are (section 5.1, zero-shot control). temperature, top_k, top_p:
+    see filter_logits; they do not move the likeliest token. Raises ValueError, at once."""
     c = ar.config
     count = c.num_tokens if num_tokens is None else num_tokens
     if not isinstance(count, int) or not 1 <= count <= c.num_tokens:
