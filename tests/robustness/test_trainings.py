@@ -385,7 +385,7 @@ def test_a_folder_has_one_training(tmp_path):
     words = [*TOKENIZER, *"--steps 100000 --save-every 100000 --out run".split()]
     first = start(*words, cwd=tmp_path)
     wait_for(has_rows(tmp_path / "run", 2), first)
-    second = run(*words, cwd=tmp_path, code=2)
+    second = run(*words, "--steps", 2, cwd=tmp_path, code=2)
     assert "error: run: another process trains there" in second.stderr
     first.kill()
     first.communicate()
